@@ -9,6 +9,7 @@ from hydra_pipe.errors import PipelineError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from hydra_pipe.reduction.run import ReductionPlan
@@ -120,7 +121,7 @@ def _runs_of(
 def reduce(
     run: PathLike,
     *,
-    method: str = "hydra",
+    method: str = DEFAULT_METHOD,
     chunks: str = "auto",
     memory: str = "4GiB",
     scheduler: str = "threads",
@@ -141,9 +142,10 @@ def reduce(
 
     Args:
         run: directory of the run.
-        method: "hydra", "hydra-fisher", "hydra-exact" (which trains again), "tracin",
+        method: "hydra-fisher", "hydra", "hydra-exact" (which trains again), "tracin",
             "grad-dot", "grad-cos", "influence" or "self" (docs/methods.md).
-        chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
+        chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto". Both are rounded
+            up to whole stored chunks; "hydra-fisher" decodes whole rows.
         memory: budget for the whole process, such as "4GiB". With worker processes, the budget
             is for each.
         scheduler: "threads" for a thread on each core; "processes" for a process on each core;
@@ -153,14 +155,14 @@ def reduce(
         tests: ids of some test samples, such as "0-99,150". Default: all.
         by: "label" for the mean over the test samples of each label, or "mean" for the mean over
             all. Default: each test sample by itself. Means are results of their own, named
-            "hydra-by-label" and "hydra-mean".
+            "hydra-fisher-by-label" and "hydra-fisher-mean".
         keep_hypergradients: for "hydra" and "hydra-fisher": True to also keep data that later
             answers other test samples without the rows, which `prune` may then delete. "hydra"
             keeps weighted sums of rows by sample. "hydra-fisher" keeps the matrix (sample,
             feature) from a sweep of every feature, at the cost of as many test samples.
         up_to_step: number of steps to cover, after which test gradients were taken (`record
             --test-every`), as if training had ended there. A recording that is still running, or
-            was interrupted, serves too. A result of its own: "hydra-upto-120".
+            was interrupted, serves too. A result of its own: "hydra-fisher-upto-120".
         rank: for "hydra-fisher": number of columns that the sweep carries, or "full" for all
             features. Default: 512 to 16,384, more if there are fewer rows; all features if twice
             as many columns hold them. For "hydra-exact": number of directions of the test
@@ -168,7 +170,7 @@ def reduce(
             "hydra-exact-rank-20".
         probe: name of a probe (`hydra_pipe.probe`), whose samples replace the run's own test
             samples. A
-            result of its own: "hydra-of-wrong".
+            result of its own: "hydra-fisher-of-wrong".
         pipeline: for "hydra-exact": "path/to/file.py:function" if the file has moved, or a newly
             built Pipeline if such an object was recorded.
         dataset: for "hydra-exact" of a probe whose dataset was given as an object: the same
@@ -216,7 +218,7 @@ def reduce(
 def plan_reduction(
     run: PathLike,
     *,
-    method: str = "hydra",
+    method: str = DEFAULT_METHOD,
     pipeline: "str | Pipeline | None" = None,
     dataset: Any = None,
     **options: Any,

@@ -30,6 +30,7 @@ from hydra_pipe.store.data.reduced_run import ReducedRun
 from hydra_pipe.store.data.relevance import open_relevance, read_relevance
 from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import DEFAULT_METHOD
 from hydra_pipe.store.run.stages import COMBINE, OWNED, RECORD, Holds
 from hydra_pipe.store.zarr.arrays import Array
 
@@ -119,7 +120,7 @@ class Run:
         found = directory.complete(COMBINE)
         return open_combined(directory, found[0]) if found else None
 
-    def combined(self, method: str = "hydra") -> Combined:
+    def combined(self, method: str = DEFAULT_METHOD) -> Combined:
         """Return what combining runs has found beside the mean (docs/combining.md).
 
         Its arrays are read as they are sliced: `standard_error` and `agreeing` (sample, test).
@@ -150,7 +151,7 @@ class Run:
             for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)
         }
 
-    def relevance_array(self, method: str = "hydra") -> "zarr.Array[Any]":
+    def relevance_array(self, method: str = DEFAULT_METHOD) -> "zarr.Array[Any]":
         """Return the relevance on disk, (sample, test) float32, read as it is sliced.
 
         Raises:
@@ -169,12 +170,12 @@ class Run:
         self._results.check(method)
         return open_relevance(self.path / names.RELEVANCE, method)
 
-    def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
+    def relevance(self, method: str = DEFAULT_METHOD) -> "NDArray[np.float32] | xarray.DataArray":
         """Return the whole relevance matrix, in memory, float32, dimensions (sample, test).
 
-        If `method` names means over test samples, "hydra-by-label" or "hydra-mean", the
-        dimensions are (sample, test_group). The result for the samples of the probe `wrong` is
-        called "hydra-of-wrong". `relevance_array` reads a part of the matrix.
+        If `method` names means over test samples, "hydra-fisher-by-label" or "hydra-fisher-mean",
+        the dimensions are (sample, test_group). The result for the samples of the probe `wrong` is
+        called "hydra-fisher-of-wrong". `relevance_array` reads a part of the matrix.
 
         R > 0 means helpful: leaving the training sample out raises the test loss. The unit is
         the test loss for most methods (docs/methods.md). Method "self" has one column, the
@@ -236,7 +237,11 @@ class Run:
         )
 
     def top(
-        self, test_id: int | str, k: int = 10, side: str = "both", method: str = "hydra"
+        self,
+        test_id: int | str,
+        k: int = 10,
+        side: str = "both",
+        method: str = DEFAULT_METHOD,
     ) -> "pandas.DataFrame":
         """Return the training samples that helped or harmed one test sample most.
 
@@ -262,7 +267,7 @@ class Run:
         return top_frame(self._results, method, test_id, k, side)
 
     def samples(
-        self, method: str = "hydra", *, progress: Progress | None = None
+        self, method: str = DEFAULT_METHOD, *, progress: Progress | None = None
     ) -> "pandas.DataFrame":
         """Return every training sample with its relevance over all test samples.
 

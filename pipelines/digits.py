@@ -68,7 +68,7 @@ def show(run: str) -> None:
     found = open_run(run)
     settings = found.info()["stages"]["record"]["settings"]
     _, labels, truth = load(settings["set noise"], settings["set seed"])
-    table = found.path / "rankings" / "method=hydra" / "samples.parquet"
+    table = found.path / "rankings" / "method=hydra-fisher" / "samples.parquet"
     ranking = pq.read_table(table).sort_by("rank").to_pydict()
     wrong = (labels != truth)[: len(ranking["train_id"])]
     print(

@@ -50,15 +50,15 @@ FIRST = "nothing"
 PROBE = "late"
 # What is called of a run that was probed, each with the options of one reduction.
 OF_PROBED: list[dict[str, Any]] = [
-    {"call": "reduce", "probe": PROBE, "overwrite": True},
+    {"call": "reduce", "probe": PROBE, "method": "hydra", "overwrite": True},
     {"call": "reduce", "probe": PROBE, "method": "hydra-fisher", "overwrite": True},
-    {"call": "reduce", "probe": PROBE, "by": "label"},
+    {"call": "reduce", "probe": PROBE, "method": "hydra", "by": "label"},
     {"call": "reduce", "method": "hydra-fisher", "keep_hypergradients": True},
-    {"call": "export", "probe": PROBE, "overwrite": True},
+    {"call": "export", "probe": PROBE, "method": "hydra", "overwrite": True},
     {"call": "clean", "method": "hydra"},
     {"call": "clean", "method": "hydra", "lowest": 3, "overwrite": True},
-    {"call": "report", "overwrite": True},
-    {"call": "report", "probe": PROBE, "top": 2},
+    {"call": "report", "method": "hydra", "overwrite": True},
+    {"call": "report", "probe": PROBE, "method": "hydra", "top": 2},
     {"call": "probe"},
     {"call": "prune"},
 ]
@@ -197,14 +197,19 @@ class Run:
             "info": lambda: hydra_pipe.open_run(self.path).info(),
             "verify": lambda: hydra_pipe.verify(self.path),
             "steps": lambda: hydra_pipe.open_run(self.path).steps,
-            "relevance": lambda: hydra_pipe.open_run(self.path).relevance(),
+            "relevance": lambda: hydra_pipe.open_run(self.path).relevance("hydra"),
             "rewind": lambda: (
                 hydra_pipe.open_run(self.path).rewind(1),
                 hydra_pipe.open_run(self.path).spikes(by="gradient"),
             ),
-            "export before": lambda: hydra_pipe.export(self.path, overwrite=True, full=True, top=3),
+            "export before": lambda: hydra_pipe.export(
+                self.path, overwrite=True, full=True, top=3, method="hydra"
+            ),
             "reduce": lambda: hydra_pipe.reduce(
-                self.path, **BUDGET, overwrite="by" not in reduction, **reduction
+                self.path,
+                **BUDGET,
+                overwrite="by" not in reduction,
+                **({"method": "hydra"} | reduction),
             ),
             "export": lambda: hydra_pipe.export(self.path, method=by, top=5, overwrite=True),
         }

@@ -135,7 +135,7 @@ class Rounds:
         self._random = random.Random(self.seed)
         self._whole = self.directory / "whole"
         hydra_pipe.record(self._pipeline(), self._whole)
-        hydra_pipe.reduce(self._whole)
+        hydra_pipe.reduce(self._whole, method="hydra")
 
     def run(self, n: int) -> None:
         """Do `n` more rounds."""
@@ -244,18 +244,20 @@ class Rounds:
         hydra_pipe.reduce(self._whole, **options)
 
     def _export(self) -> None:
-        hydra_pipe.reduce(self._whole)
+        hydra_pipe.reduce(self._whole, method="hydra")
 
         def watched(blow: Blow) -> None:
-            hydra_pipe.export(self._whole, full=True, overwrite=True, progress=Watching(blow))
+            hydra_pipe.export(
+                self._whole, full=True, overwrite=True, progress=Watching(blow), method="hydra"
+            )
 
         def in_writer(blow: Blow) -> None:
             with blows(pq.ParquetWriter, "write_table", blow):
-                hydra_pipe.export(self._whole, full=True, overwrite=True)
+                hydra_pipe.export(self._whole, full=True, overwrite=True, method="hydra")
 
         self._attempt("export", 2, watched)
         self._attempt("export, in the writer", 4, in_writer)
-        hydra_pipe.export(self._whole, full=True, overwrite=True)
+        hydra_pipe.export(self._whole, full=True, overwrite=True, method="hydra")
 
 
 @contextmanager

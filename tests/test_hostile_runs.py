@@ -41,10 +41,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> di
         made[kind] = run = shutil.copytree(
             recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp(kind) / "run"
         )
-        hydra_pipe.reduce(run, keep_hypergradients=kind == "kept")
+        hydra_pipe.reduce(run, keep_hypergradients=kind == "kept", method="hydra")
         if kind == "kept":
             hydra_pipe.prune(run)
-        hydra_pipe.export(run, top=3, full=True)
+        hydra_pipe.export(run, top=3, full=True, method="hydra")
     return made
 
 
@@ -56,10 +56,10 @@ def probed(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> Path
     run = shutil.copytree(
         recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp("probed") / "run"
     )
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     hydra_pipe.reduce(run, method="hydra-fisher", keep_hypergradients=True)
     hydra_pipe.probe(run, images(3, 5), name="late", pipeline=conv_pipeline())
-    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
     hydra_pipe.clean(run, method="hydra")
     hydra_pipe.report(run)
     return run
@@ -124,7 +124,7 @@ def test_samples_and_steps_that_are_not_there_are_told(
     with pytest.raises(
         StoreError, match=rf"{column}s of .*gradients.zarr are -?\d+ to \d+, not within 0 to \d+"
     ):
-        hydra_pipe.reduce(run, overwrite=True, **options)
+        hydra_pipe.reduce(run, overwrite=True, method="hydra", **options)
 
 
 def test_samples_that_are_not_there_are_told_by_export_and_from_hypergradients(
@@ -132,13 +132,13 @@ def test_samples_that_are_not_there_are_told_by_export_and_from_hypergradients(
 ) -> None:
     put(run / "gradients.zarr/sample", 0, -3)
     with pytest.raises(StoreError, match=r"samples of .* are -3 to 25, not within 0 to 25"):
-        hydra_pipe.export(run, overwrite=True)
+        hydra_pipe.export(run, overwrite=True, method="hydra")
     kept = shutil.copytree(finished["kept"], tmp_path / "kept")
     put(kept / "hypergradients/hydra.zarr/factored/sample", 0, 26)
     with pytest.raises(
         StoreError, match=r"samples of .*hydra.zarr are 0 to 26, not within 0 to 25"
     ):
-        hydra_pipe.reduce(kept, overwrite=True)
+        hydra_pipe.reduce(kept, overwrite=True, method="hydra")
 
 
 def test_a_label_without_a_name_is_told(run: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_label_without_a_name_is_told(run: Path) -> None:
     change(labels / "zarr.json", lambda data: data["attributes"].update(names=["a", "b", "c"]))
     put(labels, 0, 0)
     with pytest.raises(StoreError, match=r"labels of .* are 0 to 3, not within 0 to 2"):
-        hydra_pipe.export(run, overwrite=True)
+        hydra_pipe.export(run, overwrite=True, method="hydra")
 
 
 def change(file: Path, how: Callable[[Any], Any]) -> None:
@@ -264,7 +264,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(run: Path) -> None:
         file.unlink()
         os.mkfifo(file)
         with pytest.raises(StoreError):
-            hydra_pipe.reduce(run, overwrite=True)
+            hydra_pipe.reduce(run, overwrite=True, method="hydra")
         assert hydra_pipe.verify(run)
         file.unlink()
         file.write_bytes(content)

@@ -63,7 +63,7 @@ def test_the_run_has_the_keys_of_its_samples(finished: Path) -> None:
 
 
 def test_tables_have_keys_beside_ids(finished: Path) -> None:
-    place = finished / "rankings" / "method=hydra"
+    place = finished / "rankings" / "method=hydra-fisher"
     samples = pq.read_table(place / "samples.parquet", partitioning=None)
     assert samples.column_names[-1] == "key"
     assert samples["key"].to_pylist() == TRAIN_KEYS
@@ -83,7 +83,7 @@ def test_frames_have_keys_and_take_them(finished: Path) -> None:
     assert by_key.equals(by_id)
     assert by_key["key"].tolist() == [TRAIN_KEYS[i] for i in by_key["train_id"]]
     assert opened.samples()["key"].tolist() == TRAIN_KEYS
-    with pytest.raises(UsageError, match="no test sample of hydra has the key 'missing'"):
+    with pytest.raises(UsageError, match="no test sample of hydra-fisher has the key 'missing'"):
         opened.top("missing")
     step = opened.rewind(2)
     for table, ids, keys in (
@@ -233,7 +233,7 @@ def test_a_probe_has_keys(run: Path) -> None:
     some = Subset(test, [5, 3, 9])
     hydra_pipe.probe(run, some, name="p", keys=["five", "three", "nine"], pipeline=keyed())
     hydra_pipe.reduce(run, probe="p", tests="nine,five")
-    found = hydra_pipe.open_run(run).relevance("hydra-of-p")
+    found = hydra_pipe.open_run(run).relevance("hydra-fisher-of-p")
     assert found.test_key.values.tolist() == ["five", "nine"]
     assert (
         found.test_label.values.tolist()

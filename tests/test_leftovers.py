@@ -140,8 +140,8 @@ def _last_rows(store: Gradients) -> Any:
 
 # what yields while a thread or processes are at work for it
 STREAMS: dict[str, Callable[[Gradients], Stream[Any]]] = {
-    "steps backward": lambda store: steps.backward(store, store.n_steps),
-    "steps forward": lambda store: steps.forward(store, 0),
+    "steps backward": lambda store: steps.backward(store, store.n_steps, 16),
+    "steps forward": lambda store: steps.forward(store, 0, 16),
     "rows": lambda store: store.rows.stream((0, store.rows.n_rows), 8),
     "rows with weights": lambda store: job.rows_of(
         store, _job(store), (0, store.rows.n_rows), _weights(store)
@@ -281,11 +281,11 @@ def test_a_reduction_that_was_interrupted_gives_nothing_to_a_later_one(tmp_path:
             """Not here: among the rows."""
 
     with pytest.raises(RuntimeError) as kept:
-        hydra_pipe.reduce(path, progress=Struck(Blow(1, STRIKES["exception"])))
+        hydra_pipe.reduce(path, progress=Struck(Blow(1, STRIKES["exception"])), method="hydra")
     hydra_pipe.record(conv_pipeline(seed=5), path, overwrite=True)
-    hydra_pipe.reduce(path)
+    hydra_pipe.reduce(path, method="hydra")
     hydra_pipe.record(conv_pipeline(seed=5), tmp_path / "other")
-    hydra_pipe.reduce(tmp_path / "other")
+    hydra_pipe.reduce(tmp_path / "other", method="hydra")
     found, expected = (
         zarr.open_array(p / "relevance.zarr" / "hydra", mode="r")[:]
         for p in (path, tmp_path / "other")

@@ -136,7 +136,7 @@ def check_peak(run: Path, memory: str, **options: Any) -> None:
 def test_the_process_stays_within_what_the_plan_says(
     runs: Callable[[str], Path], memory: str, chunks: str
 ) -> None:
-    check_peak(runs("large"), memory, chunks=chunks, overwrite=True)
+    check_peak(runs("large"), memory, method="hydra", chunks=chunks, overwrite=True)
 
 
 @pytest.mark.parametrize(

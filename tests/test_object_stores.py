@@ -72,8 +72,8 @@ both = pytest.mark.parametrize("root", ["s3", "memory"], indirect=True)
 
 def all_stages(run: str | Path) -> None:
     assert hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float16")
-    assert hydra_pipe.reduce(run, keep_hypergradients=True)
-    assert hydra_pipe.export(run, top=3, full=True)
+    assert hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
+    assert hydra_pipe.export(run, top=3, full=True, method="hydra")
 
 
 def files_of(run: str) -> dict[str, bytes]:
@@ -128,9 +128,10 @@ def test_all_stages_leave_what_they_leave_on_a_disk(run: str, tmp_path: Path) ->
     assert hydra_pipe.verify(run) == []
     view = hydra_pipe.open_run(run)
     np.testing.assert_array_equal(
-        view.relevance().values, hydra_pipe.open_run(tmp_path / "run").relevance().values
+        view.relevance("hydra").values,
+        hydra_pipe.open_run(tmp_path / "run").relevance("hydra").values,
     )
-    np.testing.assert_array_equal(view.relevance_array()[:], view.relevance().values)
+    np.testing.assert_array_equal(view.relevance_array("hydra")[:], view.relevance("hydra").values)
     assert view.info()["bytes"]["gradients.zarr"] > 0
 
 
@@ -150,12 +151,12 @@ def test_a_matrix_of_hypergradients_is_there_what_it_is_on_a_disk(
 @in_memory
 def test_the_same_command_does_nothing_and_overwrite_begins_anew(run: str) -> None:
     assert not hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float16")
-    assert not hydra_pipe.reduce(run)
-    assert not hydra_pipe.export(run, top=3, full=True)
+    assert not hydra_pipe.reduce(run, method="hydra")
+    assert not hydra_pipe.export(run, top=3, full=True, method="hydra")
     hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float32", overwrite=True)
     assert not location(f"{run}/relevance.zarr").exists()
     assert not location(f"{run}/rankings").exists()
-    assert hydra_pipe.reduce(run)
+    assert hydra_pipe.reduce(run, method="hydra")
     assert hydra_pipe.verify(run) == []
 
 
@@ -167,10 +168,10 @@ def test_damage_and_loss_are_found(run: str) -> None:
     rows.write_bytes(bytes(content))
     assert [fault.where for fault in hydra_pipe.verify(run)] == ["gradients.zarr/gradient/c/0/0"]
     with pytest.raises(StoreError, match="the checksum is wrong"):
-        hydra_pipe.reduce(run, overwrite=True, keep_hypergradients=True)
+        hydra_pipe.reduce(run, overwrite=True, keep_hypergradients=True, method="hydra")
     rows.unlink()
     with pytest.raises(StoreError, match="gradient lacks 1 chunk files"):
-        hydra_pipe.reduce(run, overwrite=True, keep_hypergradients=True)
+        hydra_pipe.reduce(run, overwrite=True, keep_hypergradients=True, method="hydra")
 
 
 @both
@@ -193,8 +194,8 @@ def test_other_files_are_told_by_their_sizes_and_repaired(run: str) -> None:
     assert hydra_pipe.verify(run, repair=True) == []
     assert list(RunDirectory.open(run).stages) == [RECORD, KEEP.of("hydra")]
     assert location(f"{run}/set-aside/rankings/method=hydra/notes.txt").read_bytes() == b"mine"
-    assert hydra_pipe.reduce(run)
-    assert hydra_pipe.export(run, top=3)
+    assert hydra_pipe.reduce(run, method="hydra")
+    assert hydra_pipe.export(run, top=3, method="hydra")
     assert hydra_pipe.verify(run) == []
 
 
@@ -226,11 +227,11 @@ def test_a_check_of_a_run_reads_no_file_again_and_again(
 
 @in_memory
 def test_rows_are_pruned_and_tests_answered_without_them(run: str) -> None:
-    whole = hydra_pipe.open_run(run).relevance().values
+    whole = hydra_pipe.open_run(run).relevance("hydra").values
     assert hydra_pipe.prune(run) > 0
     assert not location(f"{run}/gradients.zarr/gradient/c").exists()
-    hydra_pipe.reduce(run, tests="2-4", overwrite=True)
-    found = hydra_pipe.open_run(run).relevance().values
+    hydra_pipe.reduce(run, tests="2-4", overwrite=True, method="hydra")
+    found = hydra_pipe.open_run(run).relevance("hydra").values
     np.testing.assert_allclose(found, whole[:, 2:5], rtol=1e-4, atol=1e-6 * np.abs(whole).max())
 
 
@@ -240,7 +241,7 @@ def test_an_interrupted_export_leaves_a_stage_that_is_not_complete(
 ) -> None:
     run = f"{root}/run"
     hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float16")
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
 
     def fail(*_: object) -> None:
         raise OSError("the connection is gone")
@@ -248,10 +249,10 @@ def test_an_interrupted_export_leaves_a_stage_that_is_not_complete(
     with monkeypatch.context() as patch:
         patch.setattr("hydra_pipe.exporting.totals.Adding.classes", fail)
         with pytest.raises(OSError, match="connection is gone"):
-            hydra_pipe.export(run)
+            hydra_pipe.export(run, method="hydra")
     assert RunDirectory.open(run).stages[EXPORT.of("hydra")].state == "failed"
     assert not location(f"{run}/rankings").exists()
-    assert hydra_pipe.export(run)
+    assert hydra_pipe.export(run, method="hydra")
     assert hydra_pipe.verify(run) == []
 
 
@@ -328,7 +329,7 @@ def test_the_command_line_takes_urls_and_tells_what_is_wrong(run: str, root: str
     assert "healthy" in call("verify", run)
     assert json.loads(call("info", run, "--json"))["path"] == run
     assert f"rankings: {run}/rankings/method=hydra" in call(
-        "export", run, "--top", "2", "--overwrite"
+        "export", run, "--method", "hydra", "--top", "2", "--overwrite"
     )
     told = call("reduce", "s3://no-such-bucket-here/run", code=1)
     assert "there is no run at s3://no-such-bucket-here/run" in told

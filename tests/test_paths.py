@@ -53,7 +53,7 @@ def call(*arguments: str, code: int = 0) -> str:
 
 def every_stage(run: str) -> None:
     call("run", "pipe.py", run, "--full")
-    call("clean", run, "--method", "hydra", "--lowest", "2")
+    call("clean", run, "--method", "hydra-fisher", "--lowest", "2")
     call("report", run)
     assert "healthy" in call("verify", run)
     call("info", run)
@@ -82,7 +82,7 @@ def every_stage(run: str) -> None:
 def test_a_name_that_others_read_as_a_url_is_a_directory(here: Path, run: str) -> None:
     every_stage(run)
     assert (here / run / "run.json").is_file()
-    assert (here / run / "rankings/method=hydra/matrix").is_dir()
+    assert (here / run / "rankings/method=hydra-fisher/matrix").is_dir()
 
 
 def test_a_tilde_is_the_home_directory_for_the_command_line_and_for_python(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_a_peer_trains_as_the_runner_did_and_relevance_is_that_of_the_pipeline(
 
     pipeline = run.digits(tmp_path)
     hydra_pipe.record(pipeline, tmp_path / "run")
-    hydra_pipe.reduce(tmp_path / "run")
-    whole = np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance())
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
+    whole = np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra"))
     for state in (pipeline.model.state_dict(), given.model.state_dict()):
         torch.testing.assert_close(state, given.states[-1], atol=1e-5, rtol=1e-5)
     both = np.concatenate([found["score"], found["later"]], axis=1)

@@ -38,13 +38,13 @@ def without_privileges() -> Iterator[None]:
 
 def everything(run: Path) -> None:
     hydra_pipe.record(str(PIPELINE), run)
-    hydra_pipe.reduce(run)
-    hydra_pipe.reduce(run, by="mean", keep_hypergradients=True)
-    hydra_pipe.export(run)
+    hydra_pipe.reduce(run, method="hydra")
+    hydra_pipe.reduce(run, by="mean", keep_hypergradients=True, method="hydra")
+    hydra_pipe.export(run, method="hydra")
     hydra_pipe.clean(run, lowest=2, method="hydra")
     hydra_pipe.report(run)
     hydra_pipe.probe(run, mlp_like(), name="some")
-    hydra_pipe.reduce(run, probe="some")
+    hydra_pipe.reduce(run, probe="some", method="hydra")
 
 
 def mlp_like() -> object:
@@ -90,7 +90,7 @@ CASES: dict[str, Case] = {
         ("gradients.zarr/test", "rankings", "checksums"),
     ),
     "reduce": (
-        lambda run: hydra_pipe.reduce(run, overwrite=True),
+        lambda run: hydra_pipe.reduce(run, overwrite=True, method="hydra"),
         (
             ".",
             "relevance.zarr",
@@ -101,11 +101,13 @@ CASES: dict[str, Case] = {
         ),
     ),
     "keep": (
-        lambda run: hydra_pipe.reduce(run, by="mean", keep_hypergradients=True, overwrite=True),
+        lambda run: hydra_pipe.reduce(
+            run, by="mean", keep_hypergradients=True, overwrite=True, method="hydra"
+        ),
         ("hypergradients",),
     ),
     "export": (
-        lambda run: hydra_pipe.export(run, overwrite=True),
+        lambda run: hydra_pipe.export(run, overwrite=True, method="hydra"),
         ("rankings", "rankings/method=hydra", "checksums"),
     ),
     "clean": (

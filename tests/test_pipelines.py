@@ -90,8 +90,8 @@ def test_weights_are_those_of_training_without_recording_bit_for_bit(
         plain.model.state_dict().items(), recorded.model.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
-    hydra_pipe.reduce(tmp_path / "run")
-    assert np.isfinite(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance())).all()
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
+    assert np.isfinite(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra"))).all()
 
 
 def test_every_pipeline_is_listed() -> None:

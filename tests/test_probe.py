@@ -124,18 +124,18 @@ def test_kept_hypergradients_answer_a_probe_when_the_rows_are_gone(
 ) -> None:
     of, whole, probed = case
     pruned = shutil.copytree(probed, tmp_path / "pruned")
-    hydra_pipe.reduce(pruned, keep_hypergradients=True)
+    hydra_pipe.reduce(pruned, keep_hypergradients=True, method="hydra")
     hydra_pipe.prune(pruned)
     build, recording = CASES[of]
     hydra_pipe.probe(
         pruned, HELD_BACK, name="again", pipeline=build(test=Subset(ALL, range(FIRST)))
     )
-    hydra_pipe.reduce(pruned, probe="again")
+    hydra_pipe.reduce(pruned, probe="again", method="hydra")
     assert (
         RunDirectory.open(pruned).stages[REDUCE.of("hydra-of-again")].facts["plan"]["order"]
         == "from hypergradients"
     )
-    hydra_pipe.reduce(whole, tests=f"{FIRST}-{N_TEST - 1}")
+    hydra_pipe.reduce(whole, tests=f"{FIRST}-{N_TEST - 1}", method="hydra")
     assert (
         relative_error(relevance(pruned, "hydra-of-again"), relevance(whole))
         < TOLERANCE[recording["dtype"]]
@@ -183,7 +183,7 @@ def test_a_loop_of_ones_own_is_probed_with_its_model_and_loss(
         tmp_path / "run", HELD_BACK, name="late", model=model, loss=nn.CrossEntropyLoss()
     )
     for run, options in (("whole", {"tests": f"{FIRST}-{N_TEST - 1}"}), ("run", {"probe": "late"})):
-        hydra_pipe.reduce(tmp_path / run, **options)
+        hydra_pipe.reduce(tmp_path / run, method="hydra", **options)
     assert (
         relative_error(relevance(tmp_path / "run", "hydra-of-late"), relevance(tmp_path / "whole"))
         < TOLERANCE["float32"]
@@ -395,14 +395,14 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
     with pytest.raises(
         RunError, match=r"probe other has not been run: run hydra-pipe probe .* --name other first"
     ):
-        hydra_pipe.reduce(run, probe="other")
+        hydra_pipe.reduce(run, probe="other", method="hydra")
     with pytest.raises(UsageError, match="this result is for probe late"):
         hydra_pipe.export(run, method="hydra-of-late", probe="other")
     with pytest.raises(
         RunError,
-        match=r"reduce hydra-of-late has not been run: run hydra-pipe reduce .* --probe late first",
+        match=r"reduce hydra-of-late has not been run: run .* --probe late --method hydra first",
     ):
-        hydra_pipe.export(run, probe="late")
+        hydra_pipe.export(run, probe="late", method="hydra")
     with pytest.raises(
         RunError,
         match=r"hydra-exact needs the samples of probe .*, whose dataset was given as an object",
@@ -419,10 +419,10 @@ def test_other_samples_under_the_same_name_need_overwriting_which_drops_what_was
 ) -> None:
     assert probe(run, changed())
     assert not probe(run, changed())
-    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
     hydra_pipe.reduce(run, probe="late", by="mean", method="grad-dot")
-    hydra_pipe.export(run, probe="late")
-    hydra_pipe.reduce(run)
+    hydra_pipe.export(run, probe="late", method="hydra")
+    hydra_pipe.reduce(run, method="hydra")
     with pytest.raises(
         RunError, match=r"probe late was run with samples=.*, now samples=.*--overwrite"
     ):
@@ -438,7 +438,7 @@ def test_other_samples_under_the_same_name_need_overwriting_which_drops_what_was
     assert left == {"hydra", "sample", "sample_label", "test", "test_label"}
     assert not list((run / "rankings").iterdir())
     assert hydra_pipe.verify(run) == []
-    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
     assert relevance(run, "hydra-of-late").shape == (40, 4)
 
 
@@ -449,7 +449,7 @@ def test_a_failed_probe_is_no_result_and_recording_anew_drops_probes(run: Path) 
     with pytest.raises(
         RunError, match=r"probe late is not finished .state: failed., the loss of probe sample 1"
     ):
-        hydra_pipe.reduce(run, probe="late")
+        hydra_pipe.reduce(run, probe="late", method="hydra")
     hydra_pipe.record(mlp_pipeline(), run, overwrite=True)
     assert not (run / "probes").exists()
     assert hydra_pipe.verify(run) == []
@@ -472,7 +472,7 @@ def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_
 ) -> None:
     probe(run, changed())
     expected = stored(run)
-    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -494,7 +494,7 @@ def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_
 
 def test_named_labels_are_those_of_the_ranking(run: Path) -> None:
     probe(run, changed(), labels=["cat", "dog", "cat"])
-    hydra_pipe.reduce(run, probe="late", by="label")
+    hydra_pipe.reduce(run, probe="late", by="label", method="hydra")
     assert hydra_pipe.open_run(run).relevance(
         "hydra-of-late-by-label"
     ).test_group_label.values.tolist() == ["cat", "dog"]
@@ -512,7 +512,7 @@ def test_means_by_label_need_labels(run: Path) -> None:
         UsageError,
         match=r"soft\.zarr has no labels of test samples: .*hydra_pipe.probe\(..., labels=...\)",
     ):
-        hydra_pipe.reduce(run, probe="soft", by="label")
+        hydra_pipe.reduce(run, probe="soft", by="label", method="hydra")
 
 
 # ------------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def files_of(run: Path) -> Iterator[Path]:
 
 def test_damage_of_a_probe_is_found_and_repaired(run: Path, tmp_path: Path) -> None:
     probe(run, changed())
-    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
     n_files = len(list(files_of(run)))
     assert n_files == 9
     for number in range(n_files):
@@ -549,7 +549,7 @@ def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(
     run: Path, tmp_path: Path
 ) -> None:
     probe(run, changed())
-    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
     stage = RunDirectory.open(run)
     stage.stages[REDUCE.of("hydra-of-late")].facts["of_probe"] = "0" * 64
     stage.save(REDUCE.of("hydra-of-late"))
@@ -564,7 +564,7 @@ def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(
         StoreError,
         match=r"is no probe of this recording: .* take it again with hydra-pipe probe --overwrite",
     ):
-        hydra_pipe.reduce(run, probe="late", overwrite=True)
+        hydra_pipe.reduce(run, probe="late", overwrite=True, method="hydra")
 
 
 # ------------------------------------------------------------------------------------------
@@ -602,19 +602,19 @@ def test_the_command_answers_for_new_inputs_end_to_end(
     assert "probe wrong was run with set n=5, now set n=4" in call(*taking[:-1], "n=4", code=1)
     assert "no setting 'm'" in call(*taking[:-1], "m=4", code=2)
     assert "samples x tests  1,400 x 5" in re.sub(
-        " +", " ", call("reduce", "run", "--probe", "wrong", "--dry-run")
+        " +", " ", call("reduce", "run", "--method", "hydra", "--probe", "wrong", "--dry-run")
     ).replace("tests ", "tests  ")
     assert "next: hydra-pipe export run --method hydra-of-wrong\n" in call(
-        "reduce", "run", "--probe", "wrong"
+        "reduce", "run", "--method", "hydra", "--probe", "wrong"
     )
     assert "rankings: run/rankings/method=hydra-of-wrong\n" in call(
-        "export", "run", "--probe", "wrong", "--top", "7", "--full"
+        "export", "run", "--method", "hydra", "--probe", "wrong", "--top", "7", "--full"
     )
     table = pq.read_table("run/rankings/method=hydra-of-wrong/part-00000.parquet")
     assert sorted(set(table["test_id"].to_pylist())) == [0, 1, 2, 3, 4]
     assert table.schema.metadata[b"hydra_pipe.method"] == b"hydra-of-wrong"
     # the last of the run's own test samples
-    call("reduce", "run", "--tests", "392-396")
+    call("reduce", "run", "--method", "hydra", "--tests", "392-396")
     assert (
         relative_error(relevance(Path("run"), "hydra-of-wrong"), relevance(Path("run")))
         < TOLERANCE["float16"]
@@ -642,8 +642,8 @@ def test_evaluations_leave_probes_out(run: Path) -> None:
     from hydra_pipe.retraining.subject import Subject
 
     probe(run, images(9, 2))
-    hydra_pipe.reduce(run, probe="late")
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, probe="late", method="hydra")
+    hydra_pipe.reduce(run, method="hydra")
     assert list(Subject.open(mlp_pipeline(), RunDirectory.open(run), None).relevance(None)) == [
         "hydra"
     ]
@@ -657,8 +657,8 @@ def test_results_of_a_probe_that_is_taken_again_all_go_though_the_first_call_was
     hydra_pipe.record(mlp_pipeline(), run)
     again = {"name": "late", "pipeline": mlp_pipeline(), "overwrite": True}
     hydra_pipe.probe(run, HELD_BACK, **again)
-    hydra_pipe.reduce(run, probe="late")
-    hydra_pipe.export(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
+    hydra_pipe.export(run, probe="late", method="hydra")
 
     with monkeypatch.context() as patch:
         patch.setattr("hydra_pipe.store.run.discarding.remove", killed_after(after))

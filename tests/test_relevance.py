@@ -25,7 +25,7 @@ def test_relevance_equals_the_float64_loop_with_everything_sgd_has(
     recorded: Callable[..., Path], tmp_path: Path
 ) -> None:
     shutil.copytree(recorded(encoding="exact", dtype="float32"), tmp_path / "run")
-    hydra_pipe.reduce(tmp_path / "run")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
     truth = oracle_relevance(conv_pipeline())
     assert relative_error(read_relevance(tmp_path / "run"), truth) < 1e-4
 
@@ -33,7 +33,7 @@ def test_relevance_equals_the_float64_loop_with_everything_sgd_has(
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 2e-3), ("int8", 3e-2)])
 def test_smaller_dtypes_lose_only_their_rounding(tmp_path: Path, dtype: str, limit: float) -> None:
     hydra_pipe.record(conv_pipeline(), tmp_path / "run", encoding="exact", dtype=dtype)
-    hydra_pipe.reduce(tmp_path / "run")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
     assert (
         relative_error(read_relevance(tmp_path / "run"), oracle_relevance(conv_pipeline())) < limit
     )
@@ -99,7 +99,7 @@ def linear_loss_pipeline(epochs: int = 3) -> Pipeline:
 def test_relevance_is_true_leave_one_out_where_the_loss_is_linear(tmp_path: Path) -> None:
     pipeline = linear_loss_pipeline()
     hydra_pipe.record(pipeline, tmp_path / "run", encoding="exact", dtype="float32")
-    hydra_pipe.reduce(tmp_path / "run")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
 
     def final_losses(without: int | None) -> np.ndarray:
         new = linear_loss_pipeline()
@@ -142,10 +142,15 @@ def test_relevance_is_independent_of_chunks_memory_and_scheduler(
         "hydra_pipe.reduction.executors.local.resident_bytes", lambda: 0
     )  # of pytest and all that other tests loaded
     hydra_pipe.reduce(
-        run, chunks=f"{rows}x{features}", memory=memory, scheduler=scheduler, overwrite=True
+        run,
+        chunks=f"{rows}x{features}",
+        memory=memory,
+        scheduler=scheduler,
+        overwrite=True,
+        method="hydra",
     )
     changed = read_relevance(run)
-    hydra_pipe.reduce(run, overwrite=True)
+    hydra_pipe.reduce(run, overwrite=True, method="hydra")
     assert relative_error(changed, read_relevance(run)) < 1e-6
 
 
@@ -184,7 +189,7 @@ def test_permuting_the_samples_permutes_the_rows_of_relevance(
         conv_pipeline(train=shuffled), tmp_path / "b", encoding="exact", dtype="float32"
     )
     for run in ("a", "b"):
-        hydra_pipe.reduce(tmp_path / run)
+        hydra_pipe.reduce(tmp_path / run, method="hydra")
     np.testing.assert_array_equal(
         read_relevance(tmp_path / "b"), read_relevance(tmp_path / "a")[order]
     )

@@ -155,8 +155,8 @@ def test_a_newcomer_can_follow_word_for_word(
             exec(compile(code, "getting-started.md", "exec"), {})
     assert "relevance_sum" in capsys.readouterr().out
     for name in (
-        "report-hydra-fisher.html",
-        "report-hydra-of-shifted.html",
+        "report.html",
+        "report-hydra-fisher-of-shifted.html",
         "cleaning/method=dynamics/keep.txt",
     ):
         assert (tmp_path / "runs" / "digits" / name).exists()

@@ -23,8 +23,8 @@ from hydra_pipe.units import format_bytes
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Callable[..., Path]) -> Path:
     run = Path(shutil.copytree(recorded(), tmp_path_factory.mktemp("view") / "run"))
-    hydra_pipe.reduce(run)
-    hydra_pipe.export(run)
+    hydra_pipe.reduce(run, method="hydra")
+    hydra_pipe.export(run, method="hydra")
     return run
 
 
@@ -52,13 +52,13 @@ def test_relevance_is_an_xarray_with_labels(finished: Path) -> None:
 
 def test_relevance_of_chosen_test_samples_and_of_means_has_their_ids_and_labels(run: Path) -> None:
     labels = conv_pipeline().test.tensors[1].numpy()
-    hydra_pipe.reduce(run, by="label")
+    hydra_pipe.reduce(run, by="label", method="hydra")
     means = hydra_pipe.open_run(run).relevance("hydra-by-label")
     assert means.dims == ("sample", "test_group")
     np.testing.assert_array_equal(means.test_group_label, np.unique(labels))
     assert means.attrs["method"] == "hydra-by-label"
-    hydra_pipe.reduce(run, tests="2,4-5", overwrite=True)
-    chosen = hydra_pipe.open_run(run).relevance()
+    hydra_pipe.reduce(run, tests="2,4-5", overwrite=True, method="hydra")
+    chosen = hydra_pipe.open_run(run).relevance("hydra")
     np.testing.assert_array_equal(chosen.test, [2, 4, 5])
     np.testing.assert_array_equal(chosen.test_label, labels[[2, 4, 5]])
 
@@ -67,17 +67,17 @@ def test_xarray_opens_the_store_itself(finished: Path) -> None:
     dataset = xarray.open_zarr(finished / "relevance.zarr", consolidated=False)
     assert dataset["hydra"].dims == ("sample", "test")
     np.testing.assert_array_equal(
-        dataset["hydra"].to_numpy(), hydra_pipe.open_run(finished).relevance()
+        dataset["hydra"].to_numpy(), hydra_pipe.open_run(finished).relevance("hydra")
     )
 
 
 def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
-    hydra_pipe.reduce(run, by="mean")
-    hydra_pipe.reduce(run, by="label")
+    hydra_pipe.reduce(run, by="mean", method="hydra")
+    hydra_pipe.reduce(run, by="label", method="hydra")
     hydra_pipe.reduce(run, method="tracin", tests="2,4-5")
     hydra_pipe.reduce(run, method="self")
     hydra_pipe.probe(run, conv_pipeline(n_test=4).test, name="late", pipeline=conv_pipeline())
-    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", method="hydra")
     dataset = xarray.open_zarr(run / "relevance.zarr", consolidated=False)
     train, test = (
         data.tensors[1].numpy() for data in (conv_pipeline().train, conv_pipeline().test)
@@ -105,7 +105,7 @@ def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
 
 
 def test_xarray_opens_every_group_of_a_run_and_takes_labels_for_labels(run: Path) -> None:
-    hydra_pipe.reduce(run, by="label", keep_hypergradients=True)
+    hydra_pipe.reduce(run, by="label", keep_hypergradients=True, method="hydra")
     for place in ("gradients.zarr", "relevance.zarr", "hypergradients/hydra.zarr"):
         for file in (run / place).rglob("zarr.json"):
             if json.loads(file.read_text())["node_type"] == "group":
@@ -123,13 +123,13 @@ def test_labels_of_words_are_numbers_with_their_names_beside(tmp_path: Path) -> 
     run = tmp_path / "run"
     words = [["cat", "añ ß"][int(target) % 2] for target in conv_pipeline().test.tensors[1]]
     hydra_pipe.record(conv_pipeline(test_labels=words), run)
-    hydra_pipe.reduce(run, by="label")
+    hydra_pipe.reduce(run, by="label", method="hydra")
     label = xarray.open_zarr(run / "relevance.zarr", consolidated=False).test_label
     assert [label.attrs["names"][code] for code in label.to_numpy()] == words
 
 
 def test_wrong_coordinates_are_found_and_repaired(run: Path) -> None:
-    hydra_pipe.reduce(run, by="label")
+    hydra_pipe.reduce(run, by="label", method="hydra")
     for name in ("sample", "test_label", "test_of_hydra-by-label"):
         coordinate = zarr.open_array(run / "relevance.zarr" / name)
         coordinate[0] = 5
@@ -210,7 +210,7 @@ def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(
         json.loads(CliRunner().invoke(app, ["info", str(run), "--json"]).stdout)["stages"]
         == manifest["stages"]
     )
-    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="mean", method="hydra")
     assert (
         f"next: hydra-pipe export {run} --method hydra-mean"
         in CliRunner().invoke(app, ["info", str(run)]).stdout

@@ -24,7 +24,7 @@ def hurting(directory: RunDirectory, method: str) -> dict[str, Any] | None:
     """Return the result that tells which tests are hurt, or None if there is none.
 
     It has a column for each of the run's test samples: the relevance that proposes, or else
-    `hydra`, or else the first that was reduced.
+    the default method, or else the first that was reduced.
 
     Returns:
         Name and checksums of the result.

@@ -71,6 +71,7 @@ from hydra_pipe.cli.rewind import rewind
 from hydra_pipe.cli.streams import settled_streams
 from hydra_pipe.errors import UsageError, printable
 from hydra_pipe.progress import ConsoleProgress
+from hydra_pipe.store.run.results import DEFAULT_METHOD
 from hydra_pipe.units import format_bytes
 
 # Number of rows of a proposal that are printed.
@@ -161,7 +162,7 @@ def record(
 @explained
 def reduce(
     run: RunPath,
-    method: Method = "hydra",
+    method: Method = DEFAULT_METHOD,
     chunks: Chunks = "auto",
     memory: Memory = "4GiB",
     scheduler: Scheduler = "threads",
@@ -182,7 +183,7 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
-    from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName, parse_rank
+    from hydra_pipe.store.run.results import ResultName, parse_rank
 
     if mean and by is not None:
         raise UsageError("--mean and --by: choose one of them")
@@ -220,7 +221,7 @@ def reduce(
 def combine(
     runs: RunPaths,
     into: Into,
-    method: CombinedMethod = "hydra",
+    method: CombinedMethod = DEFAULT_METHOD,
     memory: Memory = "4GiB",
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -242,7 +243,7 @@ def combine(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    which = "" if method == "hydra" else f" --method {method}"
+    which = "" if method == DEFAULT_METHOD else f" --method {method}"
     _say(done, into, f"{len(runs)} runs combined", f"next: hydra-pipe report {into}{which}")
 
 
@@ -250,7 +251,7 @@ def combine(
 @explained
 def export(
     run: RunPath,
-    method: Method = "hydra",
+    method: Method = DEFAULT_METHOD,
     probe: Probe = None,
     top: Top = 100,
     full: Full = False,
@@ -392,7 +393,7 @@ def run_all(
     dtype: Dtype = None,
     checkpoint_every: CheckpointEvery = None,
     test_every: TestEvery = None,
-    method: Method = "hydra",
+    method: Method = DEFAULT_METHOD,
     chunks: Chunks = "auto",
     memory: Memory = "4GiB",
     scheduler: Scheduler = "threads",

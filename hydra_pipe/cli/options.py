@@ -78,16 +78,16 @@ UpToStep = Annotated[
     int | None,
     typer.Option(
         metavar="STEP",
-        help="relevance of the first steps only, named hydra-upto-STEP; also of an unfinished "
+        help="relevance of the first steps only, named METHOD-upto-STEP; also of an unfinished "
         "recording (record --test-every)",
     ),
 ]
 Method = Annotated[
     str,
     typer.Option(
-        help="how to compute relevance: hydra; hydra-fisher, with curvature; hydra-exact, trained "
-        "again; tracin, grad-dot, grad-cos or influence, for comparison; self, of training "
-        "samples for themselves (docs/methods.md)"
+        help="how to compute relevance: hydra-fisher, with curvature; hydra, the paper's fast "
+        "form; hydra-exact, trained again; tracin, grad-dot, grad-cos or influence, for "
+        "comparison; self, of training samples for themselves (docs/methods.md)"
     ),
 ]
 Rank = Annotated[
@@ -159,11 +159,11 @@ By = Annotated[
     str | None,
     typer.Option(
         metavar="label",
-        help="compute the mean over the test samples of each label, named hydra-by-label",
+        help="compute the mean over the test samples of each label, named METHOD-by-label",
     ),
 ]
 Mean = Annotated[
-    bool, typer.Option("--mean", help="compute the mean over all test samples, named hydra-mean")
+    bool, typer.Option("--mean", help="compute the mean over all test samples, named METHOD-mean")
 ]
 Keep = Annotated[
     bool,

@@ -20,7 +20,7 @@ from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.rankings import key_columns, spread_columns
 from hydra_pipe.store.disk_space import say_if_tight
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import result_of
+from hydra_pipe.store.run.results import DEFAULT_METHOD, result_of
 from hydra_pipe.store.run.stage_runner import running, taken_up
 from hydra_pipe.store.run.stages import EXPORT, OF_SELF, REDUCE, Settings
 from hydra_pipe.units import parse_bytes, resident_bytes
@@ -32,7 +32,7 @@ _PAIR_BYTES, _RANKED_BYTES, _SAMPLE_BYTES = 20, 41, 80
 def export_run(
     run: str | os.PathLike[str],
     *,
-    method: str = "hydra",
+    method: str = DEFAULT_METHOD,
     probe: str | None = None,
     top: int = 100,
     full: bool = False,

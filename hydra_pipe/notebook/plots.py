@@ -10,6 +10,7 @@ from hydra_pipe.notebook.extras import imported
 from hydra_pipe.notebook.results import Results
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
+from hydra_pipe.store.run.results import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,11 @@ class Plots:
         self._results = results
 
     def heatmap(
-        self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None
+        self,
+        method: str = DEFAULT_METHOD,
+        ax: "Axes | None" = None,
+        *,
+        progress: Progress | None = None,
     ) -> "Axes":
         """Draw mean relevance by label of the training samples and label of the test samples.
 
@@ -91,7 +96,11 @@ class Plots:
         return axes
 
     def distribution(
-        self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None
+        self,
+        method: str = DEFAULT_METHOD,
+        ax: "Axes | None" = None,
+        *,
+        progress: Progress | None = None,
     ) -> "Axes":
         """Draw the distribution of relevance, summed over the test samples.
 

@@ -25,6 +25,8 @@ from hydra_pipe.units import format_bytes
 # Carried arrays: the adjoint, the momentum's adjoint, and a copy of both, which is written when
 # they are kept.
 _STATES = 4
+# Most blocks of columns. The plan lists each block, and each block reads all rows.
+_MOST_BLOCKS = 2**20
 # Bytes of the tiles of carried arrays that a worker is at.
 _TILE_BYTES = 2**23
 
@@ -36,6 +38,7 @@ class SweepInput:
     Args:
         recording: sizes, budget and workers.
         width: number of features that are carried, with factored blocks multiplied out.
+        decoded_rows: number of rows that are decoded at once.
         most_rows: largest number of rows of a step.
         n_values: number of values of each column of the result.
         order: order of the steps.
@@ -45,6 +48,7 @@ class SweepInput:
 
     recording: ReductionInput
     width: int
+    decoded_rows: int
     most_rows: int
     n_values: int
     order: str = "backward"
@@ -91,12 +95,19 @@ def plan_sweep(what: SweepInput, done: int = 0) -> SweepPlan:
         done: number of first columns that are done.
 
     Raises:
-        BudgetError: not even one column fits.
+        BudgetError: not even one column fits, or there are too many blocks.
     """
     given = what.recording
     most = min(given.workers, given.n_columns)
     # Each worker carries columns of its own, so fewer workers may take fewer passes.
     ways = [(width, n) for n in range(most, 0, -1) if (width := _widest(what, n)) is not None]
+    blocks = min((-(-given.n_columns // width) for width, _ in ways), default=0)
+    if blocks > _MOST_BLOCKS:
+        raise BudgetError(
+            f"a sweep of {given.n_columns:,} columns over {what.width:,} features goes in "
+            f"{blocks:,} blocks within {format_bytes(given.memory_bytes)}, and at most "
+            f"{_MOST_BLOCKS:,} are planned: raise --memory"
+        )
     if ways:
         # Choose as if nothing was done yet. A resumed reduction must divide the columns as before
         # the interruption.
@@ -150,7 +161,7 @@ def _plan(what: SweepInput, width: int, workers: int, done: int) -> SweepPlan:
         order=what.order,
         columns=blocks,
         workers=workers,
-        reading=Reading(what.most_rows, given.n_features),
+        reading=Reading(what.decoded_rows, given.n_features),
         peak_bytes=sweep_peak_bytes(what, width, workers),
         read_bytes=read,
         written_bytes=what.n_values * given.n_columns * 4,
@@ -170,12 +181,12 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
     carried = _STATES * len(FORMS) * columns * what.width * 4 + _TILE_BYTES
     # Sums, the values to write, and their bytes.
     sums = what.n_values * columns * 4 * 3
-    # Three files of rows, and one that is being read: stored values twice, scale, sample and
+    # Three pieces of rows, and one that is being read: stored values twice, scale, sample and
     # curvature.
-    file = given.shard_rows * (
+    file = what.decoded_rows * (
         2 * given.n_features * given.item_bytes + given.n_blocks * 4 * 2 + 32
     )
-    files = (3 + what.most_rows // given.shard_rows) * file * max(1, len(given.part_rows))
+    files = (3 + what.most_rows // what.decoded_rows) * file * max(1, len(given.part_rows))
     # A step as stored and multiplied out, and the step after it. Products in float64 and float32.
     step = what.most_rows * (
         given.n_features * (given.item_bytes + 8)

@@ -29,7 +29,7 @@ from hydra_pipe.reduction.parts import (
     squared_norms,
 )
 from hydra_pipe.store.data.preconditioner import Preconditioner
-from hydra_pipe.types import F32, Floating
+from hydra_pipe.types import F32, F64, Floating
 
 # directions of each side of each part that a box takes
 _Box = tuple[tuple[int, ...], ...]
@@ -219,14 +219,11 @@ def fitted(
         rank: number of columns of the core.
     """
     roots = None if preconditioner is None else [part.root(preconditioner) for part in parts]
-    rooted = [_times(whole, roots) for whole in groups]
-    shares = [_shares(whole) for whole in rooted]
+    usable = [_usable(_times(whole, roots)) for whole in groups]
     found = [
         tuple(
             principal_directions(
-                np.concatenate(
-                    [_side(whole[i], side, own) for whole, own in zip(rooted, shares, strict=True)]
-                ),
+                np.concatenate([_side(whole[i], side, share) for whole, share in usable]),
                 # a vector is in no box but the core
                 rank if len(part.sides) == 1 else rank * BOXES[-1],
             )
@@ -265,19 +262,23 @@ def _times(whole: Sequence[Sides], roots: Sequence[Sides] | None) -> Sequence[Si
     ]
 
 
-def _shares(whole: Sequence[Sides]) -> F32:
-    """Return the factor that gives every row the same squared norm, and all rows together 1."""
-    squares: F32 = np.sum([squared_norms(sides) for sides in whole], axis=0)
-    alive = squares > 0
-    found: F32 = np.divide(1, squares, out=np.zeros_like(squares), where=alive)
-    return found / np.float32(max(1, int(alive.sum())))
+def _usable(whole: Sequence[Sides]) -> tuple[list[Sides], F64]:
+    """Return the rows that have a direction, and the factor of the squared norm of each.
+
+    The factor gives every row the same squared norm, and all rows together 1. Rows without a
+    gradient, and rows that are not finite, have no direction.
+    """
+    squares: F64 = np.sum([squared_norms(sides) for sides in whole], axis=0, dtype=np.float64)
+    usable = np.isfinite(squares) & (squares > 0)
+    rows = [tuple(side[usable] for side in sides) for sides in whole]
+    return rows, 1 / squares[usable] / max(1, int(usable.sum()))
 
 
-def _side(sides: Sides, side: int, share: F32) -> F32:
+def _side(sides: Sides, side: int, share: F64) -> F32:
     """Return a side of each row, as long as its row's part is."""
-    others = [share, *(np.einsum("rc,rc->r", o, o) for i, o in enumerate(sides) if i != side)]
-    found: F32 = sides[side] * np.sqrt(product(others))[:, None]
-    return found
+    others: list[F64] = [share]
+    others += [np.einsum("rc,rc->r", o, o) for i, o in enumerate(sides) if i != side]
+    return (sides[side] * np.sqrt(product(others))[:, None]).astype(np.float32)
 
 
 def _scaled(directions: F32, root: F32 | None) -> F32:

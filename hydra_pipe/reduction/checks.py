@@ -27,7 +27,7 @@ from hydra_pipe.units import parse_bytes
 # methods that each of these options is for; the other methods refuse it
 _MEANT_FOR = {
     "--keep-hypergradients": "--method hydra and hydra-fisher",
-    "--chunks": "--method hydra",
+    "--chunks": "methods that read rows as they come",
     "--tests": "methods with test samples",
     "--by": "methods with test samples",
     "--mean": "methods with test samples",

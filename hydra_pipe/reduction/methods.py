@@ -27,7 +27,6 @@ def _one(
 
 _NO_PIPELINE = {"--pipeline": "needs none", "dataset": "needs none"}
 _NO_TRAINING = _NO_PIPELINE | {"--rank": "does not need it"}
-_WHOLE_FILES = {"--chunks": "reads whole files, step by step"}
 _EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row only once"}
 _NO_TESTS = dict.fromkeys(
     ("--tests", "--by", "--mean", "--probe"),
@@ -41,7 +40,7 @@ _METHODS = (
         fisher_solvers,
         RowUse(hydra_weights),
         check_matrix,
-        refuses=_NO_PIPELINE | _WHOLE_FILES,
+        refuses=_NO_PIPELINE,
     ),
     Method(
         "hydra-exact",

@@ -7,7 +7,7 @@ products and squared norms of parts are products over their sides. So no part is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ from hydra_pipe.plan.layout import ColumnRange, Layout
 from hydra_pipe.reduction.column_groups import FactoredSegment, segments_of
 from hydra_pipe.reduction.kernels import decode
 from hydra_pipe.store.data.preconditioner import Preconditioner
-from hydra_pipe.types import F32, I64
+from hydra_pipe.types import F32, F64, I64
 
 # values of each side of a part, shape (row, column)
 Sides = tuple[F32, ...]
+A = TypeVar("A", F32, F64)
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def squared_norms(sides: Sides) -> F32:
     return product([np.einsum("rc,rc->r", side, side) for side in sides])
 
 
-def product(of_sides: Sequence[F32]) -> F32:
-    """Return the product of a quantity of each side, shape (row,), float32."""
+def product(of_sides: Sequence[A]) -> A:
+    """Return the product of a quantity of each side, shape (row,), in the dtype of the first."""
     found = np.ones_like(of_sides[0])
     for own in of_sides:
         found *= own

@@ -15,7 +15,7 @@ from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import Rank, ResultName
+from hydra_pipe.store.run.results import DEFAULT_METHOD, Rank, ResultName
 from hydra_pipe.store.run.stages import KEEP, REDUCE, Settings, StageId
 from hydra_pipe.types import I64
 
@@ -24,7 +24,7 @@ from hydra_pipe.types import I64
 class Options:
     """Options of a reduction, as the user gives them. See `hydra_pipe.reduce`."""
 
-    method: str = "hydra"
+    method: str = DEFAULT_METHOD
     chunks: str = "auto"
     memory: str = "4GiB"
     scheduler: str = "threads"

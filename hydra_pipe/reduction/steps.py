@@ -40,8 +40,8 @@ class StepRows:
 
 
 @dataclass(frozen=True)
-class _File:
-    """Content of one file of rows, and the per-row arrays beside it."""
+class _Piece:
+    """Some rows of one process in a row, and the per-row arrays beside them."""
 
     stored: NDArray[Any]
     scale: F32
@@ -50,37 +50,39 @@ class _File:
 
 
 class _Part:
-    """The rows of one process. Each file is decoded once, and the next file is read ahead.
+    """The rows of one process. Each piece is decoded once, and the next piece is read ahead.
 
     Args:
         store: the recording.
         first: first row of the process.
         last: one past its last row.
         pool: pool with the thread that reads ahead.
-        direction: order of the files: 1 forward, -1 backward.
+        direction: order of the pieces: 1 forward, -1 backward.
+        rows_at_once: number of rows of a piece.
     """
 
     def __init__(
-        self, store: Gradients, first: int, last: int, pool: ThreadPoolExecutor, direction: int
+        self,
+        store: Gradients,
+        first: int,
+        last: int,
+        pool: ThreadPoolExecutor,
+        direction: int,
+        rows_at_once: int,
     ) -> None:
-        self._store, self._first, self._last, self._pool, self._direction = (
-            store,
-            first,
-            last,
-            pool,
-            direction,
-        )
-        self._held: dict[int, _File] = {}
-        self._coming: tuple[int, Future[_File]] | None = None
+        self._store, self._first, self._last = store, first, last
+        self._pool, self._direction, self._size = pool, direction, rows_at_once
+        self._held: dict[int, _Piece] = {}
+        self._coming: tuple[int, Future[_Piece]] | None = None
 
-    def rows(self, first: int, last: int) -> Iterator[tuple[_File, slice]]:
-        """Yield the rows [first, last) of the part, file by file.
+    def rows(self, first: int, last: int) -> Iterator[tuple[_Piece, slice]]:
+        """Yield the rows [first, last) of the part, piece by piece.
 
         Later calls must ask for rows further on in the direction of the part.
         """
-        size = self._store.rows.shard_rows
+        size = self._size
         numbers = range(first // size, -(-last // size))
-        self._held = {number: file for number, file in self._held.items() if number in numbers}
+        self._held = {number: piece for number, piece in self._held.items() if number in numbers}
         for number in numbers[:: self._direction]:
             if number not in self._held:
                 self._held[number] = self._taken(number)
@@ -88,21 +90,21 @@ class _Part:
             low = number * size
             yield self._held[number], slice(max(first - low, 0), min(last - low, size))
 
-    def _taken(self, number: int) -> _File:
-        file = (
+    def _taken(self, number: int) -> _Piece:
+        piece = (
             self._coming[1].result()
             if self._coming is not None and self._coming[0] == number
             else self._read(number)
         )
         following = number + self._direction
-        there = 0 <= following < -(-(self._last - self._first) // self._store.rows.shard_rows)
+        there = 0 <= following < -(-(self._last - self._first) // self._size)
         self._coming = (following, self._pool.submit(self._read, following)) if there else None
-        return file
+        return piece
 
-    def _read(self, number: int) -> _File:
-        size = self._store.rows.shard_rows
+    def _read(self, number: int) -> _Piece:
+        size = self._size
         own = slice(self._first + number * size, min(self._first + (number + 1) * size, self._last))
-        return _File(
+        return _Piece(
             self._store.rows.features(own, slice(0, self._store.layout.n_features)),
             self._store.rows.scales(own),
             self._store.samples(own),
@@ -110,46 +112,49 @@ class _Part:
         )
 
 
-def backward(store: Gradients, n_steps: int) -> Stream[StepRows]:
+def backward(store: Gradients, n_steps: int, rows_at_once: int) -> Stream[StepRows]:
     """Stream the first `n_steps` steps, the last of them first. Close the stream after use.
 
-    Memory holds two files of each process, or as many as a step spans, and one more that a thread
-    reads ahead. No later step overwrites the arrays of a step.
+    Memory holds two pieces of each process, or as many as a step spans, and one more that a thread
+    reads ahead. A piece has `rows_at_once` rows. No later step overwrites the arrays of a step.
 
     Raises:
         StoreError: the recording is damaged.
     """
-    return _in_order(store, range(n_steps - 1, -1, -1), -1)
+    return _in_order(store, range(n_steps - 1, -1, -1), -1, rows_at_once)
 
 
-def forward(store: Gradients, n_steps: int) -> Stream[StepRows]:
+def forward(store: Gradients, n_steps: int, rows_at_once: int) -> Stream[StepRows]:
     """Stream the steps after the first `n_steps`, in order. Else the same as `backward`."""
-    return _in_order(store, range(n_steps, store.n_steps), 1)
+    return _in_order(store, range(n_steps, store.n_steps), 1, rows_at_once)
 
 
-def _in_order(store: Gradients, steps: range, direction: int) -> Stream[StepRows]:
+def _in_order(
+    store: Gradients, steps: range, direction: int, rows_at_once: int
+) -> Stream[StepRows]:
     pool = ThreadPoolExecutor(1, "hydra-pipe reader")
     return Stream(
-        _steps(store, steps, direction, pool), partial(pool.shutdown, cancel_futures=True)
+        _steps(store, steps, direction, rows_at_once, pool),
+        partial(pool.shutdown, cancel_futures=True),
     )
 
 
 def _steps(
-    store: Gradients, steps: range, direction: int, pool: ThreadPoolExecutor
+    store: Gradients, steps: range, direction: int, rows_at_once: int, pool: ThreadPoolExecutor
 ) -> Iterator[StepRows]:
     counts = counted_rows(store)
     part_ends = ends_of(store.rows.part_rows)
     ends = np.cumsum(counts, axis=0)
     parts = [
-        _Part(store, first, last, pool, direction)
+        _Part(store, first, last, pool, direction, rows_at_once)
         for first, last in zip([0, *part_ends], part_ends, strict=False)
     ]
     for step in steps:
         pieces = [
-            (file, rows, int(counts[step, i]))
+            (piece, rows, int(counts[step, i]))
             for i, part in enumerate(parts)
             if counts[step, i]
-            for file, rows in part.rows(int(ends[step, i] - counts[step, i]), int(ends[step, i]))
+            for piece, rows in part.rows(int(ends[step, i] - counts[step, i]), int(ends[step, i]))
         ]
         yield _joined(step, pieces) if pieces else _without_rows(step, store)
 
@@ -184,19 +189,19 @@ def _without_rows(step: int, store: Gradients) -> StepRows:
     )
 
 
-def _joined(step: int, pieces: list[tuple[_File, slice, int]]) -> StepRows:
+def _joined(step: int, pieces: list[tuple[_Piece, slice, int]]) -> StepRows:
     def one(arrays: list[NDArray[Any]]) -> NDArray[Any]:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     rho = [
-        np.where(np.isnan(file.curvature[rows]), np.float32(1), file.curvature[rows])
-        for file, rows, _ in pieces
+        np.where(np.isnan(piece.curvature[rows]), np.float32(1), piece.curvature[rows])
+        for piece, rows, _ in pieces
     ]
     return StepRows(
         step,
-        one([file.stored[rows] for file, rows, _ in pieces]),
-        one([file.scale[rows] for file, rows, _ in pieces]),
-        one([file.sample[rows] for file, rows, _ in pieces]),
+        one([piece.stored[rows] for piece, rows, _ in pieces]),
+        one([piece.scale[rows] for piece, rows, _ in pieces]),
+        one([piece.sample[rows] for piece, rows, _ in pieces]),
         one([np.full(len(of), n, np.float32) for of, (_, _, n) in zip(rho, pieces, strict=True)]),
         one(rho).astype(np.float32),
     )

@@ -44,7 +44,7 @@ def report_run(
     """Write a page about a run, as one HTML file that needs nothing else.
 
     The page begins with the labels that look wrong. With relevance it also shows which training
-    samples made the predictions. The file is `report.html` for the result "hydra", else
+    samples made the predictions. The file is `report.html` for the result "hydra-fisher", else
     `report-METHOD.html`. docs/report.md describes the page.
 
     The pipeline named in the recording is built anew, to draw samples and make predictions. If
@@ -54,7 +54,8 @@ def report_run(
     Args:
         run: directory of the run.
         method: name of the result to report on, or "dynamics" for the recording alone. Default:
-            "hydra" if it was reduced; else the first result that combines runs, or "dynamics".
+            "hydra-fisher" if it was reduced; else the first result that combines runs, or
+            "dynamics".
         probe: name of a probe, whose samples replace the run's own test samples.
         tests: test samples to show, such as "0-99,150". Default: those that tell most, wrongly
             predicted or of high loss.

@@ -137,7 +137,10 @@ def gradient_norms(recording: SoFar, progress: Progress) -> F64:
     weights, products = used_weights(store), RowProducts(store.layout)
     height = at_once(store.layout)
     norms = np.full(store.n_steps, np.nan)
-    with progress.task("norms", store.rows.n_rows, "rows") as task, closing(forward(store, 0)) as f:
+    with (
+        progress.task("norms", store.rows.n_rows, "rows") as task,
+        closing(forward(store, 0, store.rows.shard_rows)) as f,
+    ):
         for rows in f:
             n = len(rows.sample)
             weight = weights.of_rows(np.full(n, rows.step), rows.scale)

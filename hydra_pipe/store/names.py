@@ -13,7 +13,7 @@ RANKINGS: Final = "rankings"
 CHECKPOINTS: Final = "checkpoints"
 CHECKSUMS: Final = "checksums"
 LOCKS: Final = "locks"
-# Page of result "hydra". The pages of other results are report-RESULT.html.
+# Page of the default result. The pages of other results are report-RESULT.html.
 REPORT: Final = "report.html"
 EVALUATION: Final = "evaluation"
 CLEANING: Final = "cleaning"

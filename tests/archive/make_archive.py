@@ -28,27 +28,28 @@ RUNS = ("whole", "pruned", "keyed/seed-0", "together")
 WHOLE = """
 record pipeline.py whole --encoding exact --test-every epoch
 probe whole pipeline.py:new_samples --name new
-reduce whole --keep-hypergradients
-reduce whole --method hydra-fisher
+reduce whole --method hydra --keep-hypergradients
+reduce whole
+reduce whole --rank 20
 reduce whole --method tracin
 reduce whole --method self
-reduce whole --probe new
-reduce whole --by label
-export whole --full --top 3
-export whole --probe new
+reduce whole --method hydra --probe new
+reduce whole --method hydra --by label
+export whole --method hydra --full --top 3
+export whole --method hydra --probe new
 clean whole --method hydra --lowest 2 --retrain --seeds 2
 clean whole --lowest 3
 evaluate pipeline.py whole loo --samples 0-3
 evaluate pipeline.py whole lds --retrainings 10
 evaluate pipeline.py whole noise --left-out 1
 evaluate pipeline.py whole smoothness
-report whole --tests 0-1 --top 2
+report whole --method hydra --tests 0-1 --top 2
 """
 # projected rows in int8, preconditioned, and a matrix of hypergradients whose rows are deleted
 PRUNED = """
 record pipeline.py:adam pruned --encoding projected --dim 40 --dtype int8
-reduce pruned --method hydra-fisher --keep-hypergradients
-export pruned --method hydra-fisher
+reduce pruned --keep-hypergradients
+export pruned
 prune pruned
 """
 
@@ -61,7 +62,7 @@ reduce keyed/seed-1
 export keyed/seed-0 --top 2
 combine keyed/seed-0 keyed/seed-1 --into together
 export together --top 2
-clean together --method hydra --lowest 2
+clean together --method hydra-fisher --lowest 2
 """
 
 

@@ -54,10 +54,18 @@ def test_what_was_reduced_is_reduced_again_to_the_same_relevance(whole: Path, me
     np.testing.assert_allclose(relevance(whole, method), before, rtol=1e-5, atol=1e-9)
 
 
+def test_a_sweep_in_a_basis_is_made_again_to_the_same_relevance(whole: Path) -> None:
+    before = relevance(whole, "hydra-fisher-rank-20")
+    hydra_pipe.reduce(whole, rank=20, overwrite=True)
+    np.testing.assert_allclose(
+        relevance(whole, "hydra-fisher-rank-20"), before, rtol=1e-4, atol=1e-8
+    )
+
+
 def test_an_archived_run_is_worked_on(whole: Path) -> None:
     """Every stage has something to do beside what was done, and finds it in order."""
     assert hydra_pipe.probe(whole, "pipeline.py:new_samples", name="again")
-    assert hydra_pipe.reduce(whole, probe="again")
+    assert hydra_pipe.reduce(whole, method="hydra", probe="again")
     assert hydra_pipe.reduce(whole, method="influence")
     assert hydra_pipe.export(whole, method="influence")
     assert hydra_pipe.clean(whole, method="influence", lowest=2).is_new
@@ -72,13 +80,15 @@ def test_an_archived_run_is_worked_on(whole: Path) -> None:
 def test_nothing_of_an_archived_run_is_done_again(whole: Path) -> None:
     assert not hydra_pipe.record("pipeline.py", whole, encoding="exact", test_every="epoch")
     assert not hydra_pipe.probe(whole, "pipeline.py:new_samples", name="new")
-    assert not hydra_pipe.reduce(whole, keep_hypergradients=True)
-    assert not hydra_pipe.reduce(whole, by="label")
-    assert not hydra_pipe.export(whole, top=3, full=True)
+    assert not hydra_pipe.reduce(whole, method="hydra", keep_hypergradients=True)
+    assert not hydra_pipe.reduce(whole)
+    assert not hydra_pipe.reduce(whole, rank=20)
+    assert not hydra_pipe.reduce(whole, method="hydra", by="label")
+    assert not hydra_pipe.export(whole, method="hydra", top=3, full=True)
     assert not hydra_pipe.clean(whole, lowest=2, retrain=True, seeds=2, method="hydra").is_new
     assert not hydra_pipe.clean(whole, lowest=3).is_new
     assert not hydra_pipe.evaluate("pipeline.py", whole, "loo", samples="0-3").is_new
-    assert not hydra_pipe.report(whole, tests="0-1", top=2)
+    assert not hydra_pipe.report(whole, method="hydra", tests="0-1", top=2)
 
 
 def test_a_pruned_run_of_the_archive_answers_from_what_it_keeps(pruned: Path) -> None:
@@ -94,9 +104,9 @@ def test_a_pruned_run_of_the_archive_answers_from_what_it_keeps(pruned: Path) ->
 def test_archived_runs_are_combined_as_they_were(archive: Path) -> None:
     runs = [archive / "keyed" / f"seed-{seed}" for seed in range(2)]
     assert not hydra_pipe.combine(runs, archive / "together")
-    before = relevance(archive / "together", "hydra")
+    before = relevance(archive / "together", "hydra-fisher")
     assert hydra_pipe.combine(runs, archive / "together", overwrite=True)
-    np.testing.assert_array_equal(relevance(archive / "together", "hydra"), before)
+    np.testing.assert_array_equal(relevance(archive / "together", "hydra-fisher"), before)
     opened = hydra_pipe.open_run(archive / "together")
     assert list(opened.sample_keys or []) == [f"train/{i}.png" for i in range(10)]
     assert hydra_pipe.export(archive / "together", top=2)

@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("clean")
     (directory / "file.py").write_text(FILE)
     hydra_pipe.record(str(directory / "file.py"), directory / "run")
-    hydra_pipe.reduce(directory / "run")
+    hydra_pipe.reduce(directory / "run", method="hydra")
     return directory / "run"
 
 

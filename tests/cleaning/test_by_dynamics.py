@@ -169,7 +169,7 @@ def test_visits_are_counted_for_each_sample_in_the_order_of_steps() -> None:
 def test_a_pruned_run_is_judged_as_it_was(tmp_path: Path) -> None:
     made(tmp_path / "run", tests=True)
     before = hydra_pipe.clean(tmp_path / "run").drop
-    hydra_pipe.reduce(tmp_path / "run", keep_hypergradients=True)
+    hydra_pipe.reduce(tmp_path / "run", keep_hypergradients=True, method="hydra")
     hydra_pipe.prune(tmp_path / "run")
     after = hydra_pipe.clean(tmp_path / "run", overwrite=True).drop
     assert after.drop_columns("hurts").equals(before.drop_columns("hurts"))

@@ -41,7 +41,7 @@ def test_labels_that_are_not_the_targets_are_no_classes(run: Path, tmp_path: Pat
     pipeline.sample_labels = (pipeline.train.tensors[1] // 2).tolist()
     hydra_pipe.record(pipeline, tmp_path / "coarse")
     assert classes_of(tmp_path / "coarse") is None
-    hydra_pipe.reduce(tmp_path / "coarse")
+    hydra_pipe.reduce(tmp_path / "coarse", method="hydra")
     found = hydra_pipe.clean(tmp_path / "coarse", method="hydra", lowest=5)
     assert found.summary["classes"] is None
     assert found.drop.column("suggested_class").null_count == 5

@@ -65,7 +65,7 @@ def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(
 ) -> None:
     run, spec = tmp_path / "run", str(ROOT / "pipelines" / "digits.py")
     hydra_pipe.record(spec, run, settings={"noise": 0.2, "epochs": 8})
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     found = hydra_pipe.clean(run, method="hydra")
     sys.path.insert(0, str(ROOT / "pipelines"))
     from digits import load
@@ -87,7 +87,7 @@ def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(
 def test_keep_and_drop_are_all_samples_once_and_the_table_says_what_the_ranking_says(
     run: Path,
 ) -> None:
-    hydra_pipe.export(run)
+    hydra_pipe.export(run, method="hydra")
     found = hydra_pipe.clean(run, lowest=9, method="hydra")
     assert found.is_new
     keep = [int(line) for line in (place(run) / "keep.txt").read_text().splitlines()]
@@ -150,7 +150,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(run: Path
 
 def test_a_relevance_that_is_computed_again_takes_its_proposal_with_it(run: Path) -> None:
     hydra_pipe.clean(run, method="hydra")
-    hydra_pipe.reduce(run, overwrite=True)
+    hydra_pipe.reduce(run, overwrite=True, method="hydra")
     assert not place(run).exists()
     assert CLEAN.of("hydra") not in RunDirectory.open(run).stages
     assert hydra_pipe.verify(run) == []
@@ -220,7 +220,7 @@ def test_a_failure_leaves_the_old_proposal_whole(
 def test_means_and_unlabelled_samples_are_ranked_without_suggestions(
     run: Path, tmp_path: Path
 ) -> None:
-    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="mean", method="hydra")
     found = hydra_pipe.clean(run, method="hydra-mean", lowest=7)
     every = hydra_pipe.clean(run, lowest=7, method="hydra")
     assert found.drop["train_id"].to_pylist() == every.drop["train_id"].to_pylist(), (
@@ -242,7 +242,7 @@ def test_means_and_unlabelled_samples_are_ranked_without_suggestions(
     pipeline.test = TensorDataset(pipeline.test.tensors[0], pipeline.test.tensors[1].float())
     pipeline.loss = lambda output, target: (output[:, 0] - target) ** 2
     hydra_pipe.record(pipeline, unlabelled)
-    hydra_pipe.reduce(unlabelled)
+    hydra_pipe.reduce(unlabelled, method="hydra")
     drop = hydra_pipe.clean(unlabelled, lowest=3, method="hydra").drop
     assert drop["label"].null_count == drop["suggested_label"].null_count == 3
     assert "all samples" in drop["reason"][0].as_py()
@@ -303,7 +303,7 @@ def test_halves_share_no_test_and_are_alike_in_labels() -> None:
 def test_accuracy_is_that_of_retrained_models_on_the_half_that_has_not_chosen(run: Path) -> None:
     """One seed, which is not the seed of the run, fold by fold, by hand."""
     found = hydra_pipe.clean(run, lowest=12, retrain=True, seeds=1, method="hydra")
-    relevance = np.asarray(hydra_pipe.open_run(run).relevance())
+    relevance = np.asarray(hydra_pipe.open_run(run).relevance("hydra"))
     labels = small().train.tensors[1].numpy()
     folds, _ = folds_of(ResultColumns(((0, TESTS),)), TESTS, small().test.tensors[1].numpy())
     from hydra_pipe.cleaning.decision import Cut, scores_of
@@ -399,7 +399,7 @@ def test_a_run_of_a_pipeline_object_needs_that_object(
     recorded: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(recorded(), tmp_path / "run"))
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     with pytest.raises(RunError, match="pipeline="):
         hydra_pipe.clean(run, retrain=True, method="hydra")
     found = hydra_pipe.clean(run, lowest=3, retrain=True, pipeline=conv_pipeline(), method="hydra")

@@ -47,7 +47,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def recorded(file: str, run: Path, **settings: object) -> Path:
     hydra_pipe.record(file, run, settings=settings)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     return run
 
 
@@ -59,7 +59,7 @@ def test_one_test_sample_proposes_nothing_and_says_so(file: str, tmp_path: Path)
     asked = hydra_pipe.clean(run, lowest=5, overwrite=True, method="hydra")
     assert asked.drop.num_rows == 5
     assert any("one test sample" in line for line in asked.summary["says"])
-    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="mean", method="hydra")
     assert any(
         "one test sample" in line
         for line in hydra_pipe.clean(run, method="hydra-mean").summary["says"]

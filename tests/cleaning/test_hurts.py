@@ -17,7 +17,7 @@ def test_the_lowest_relevance_below_zero_names_the_tests(
 ) -> None:
     monkeypatch.setattr(evidence, "BLOCK_BYTES", block)
     hydra_pipe.clean(run, lowest=9)
-    relevance = np.asarray(hydra_pipe.open_run(run).relevance())
+    relevance = np.asarray(hydra_pipe.open_run(run).relevance("hydra"))
     file = run / "cleaning" / "method=dynamics" / "drop.parquet"
     rows = duckdb.sql(f"SELECT train_id, hurts FROM '{file}'").fetchall()
     assert len(rows) == 9
@@ -40,13 +40,13 @@ def test_they_come_with_a_later_reduce_and_go_with_the_relevance(tmp_path: Path)
     assert found.retraining == before.retraining
     again = hydra_pipe.clean(run, lowest=6, retrain=True, pipeline=small())
     assert not again.is_new, "retrainings stay what they were"
-    hydra_pipe.reduce(run)
-    assert hydra_pipe.clean(run, lowest=6).summary["hurts"]["method"] == "hydra"
+    hydra_pipe.reduce(run, method="hydra")
+    assert hydra_pipe.clean(run, lowest=6).summary["hurts"]["method"] == "hydra-fisher"
     assert hydra_pipe.verify(run) == []
 
 
 def test_relevance_that_proposes_also_tells(run: Path) -> None:
-    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="mean", method="hydra")
     assert hydra_pipe.clean(run, method="hydra", lowest=4).drop.column("hurts").null_count == 0
     mean = hydra_pipe.clean(run, method="hydra-mean", lowest=4)
     assert mean.drop.column("hurts").null_count == 4

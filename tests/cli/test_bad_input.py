@@ -190,7 +190,9 @@ def test_what_was_recorded_before_a_failure_stays_readable(
     assert zarr.open_array(run / "gradients.zarr" / "gradient", mode="r").shape[0] == steps * 4
     assert zarr.open_array(run / "gradients.zarr" / "steps" / "loss", mode="r").shape[0] == steps
     assert_told(
-        call("reduce", run), r"record is not finished \(state: failed\), the loss is inf", 1
+        call("reduce", run, "--method", "hydra"),
+        r"record is not finished \(state: failed\), the loss is inf",
+        1,
     )
     assert json.loads(call("info", run, "--json").stdout)["recording"]["rows"] == steps * 4
 
@@ -220,8 +222,12 @@ KEEPS = [
         1,
     ),
     (["record", f"{BAD}:scalar_loss", "RUN", "--overwrite"], r"one loss per sample", 1),
-    (["export", "RUN", "--top", "3"], r"export hydra was run with top=100, now top=3", 1),
-    (["export", "RUN", "--top", "0"], r"--top 0: give 1 or more", 2),
+    (
+        ["export", "RUN", "--top", "3"],
+        r"export hydra-fisher was run with top=100, now top=3",
+        1,
+    ),
+    (["export", "RUN", "--method", "hydra", "--top", "0"], r"--top 0: give 1 or more", 2),
     (
         ["export", "RUN", "--method", "magic"],
         r"reduce magic has not been run: run hydra-pipe reduce",
@@ -229,16 +235,28 @@ KEEPS = [
     ),
     (["reduce", "RUN", "--method", "magic"], r"--method magic is unknown: choose one of hydra", 2),
     (
-        ["reduce", "RUN", "--scheduler", "tcp"],
+        ["reduce", "RUN", "--method", "hydra", "--scheduler", "tcp"],
         r"--scheduler tcp is unknown: choose one of threads, processes, synchronous, or the "
         r"address",
         2,
     ),
-    (["reduce", "RUN", "--overwrite", "--chunks", "big"], r"--chunks big is not ROWSxFEATURES", 2),
-    (["reduce", "RUN", "--overwrite", "--chunks", "0x5"], r"--chunks 0x5 is not ROWSxFEATURES", 2),
-    (["reduce", "RUN", "--overwrite", "--memory", "much"], r"'much' is not a size", 2),
     (
-        ["reduce", "RUN", "--overwrite", "--memory", "10MiB"],
+        ["reduce", "RUN", "--method", "hydra", "--overwrite", "--chunks", "big"],
+        r"--chunks big is not ROWSxFEATURES",
+        2,
+    ),
+    (
+        ["reduce", "RUN", "--method", "hydra", "--overwrite", "--chunks", "0x5"],
+        r"--chunks 0x5 is not ROWSxFEATURES",
+        2,
+    ),
+    (
+        ["reduce", "RUN", "--method", "hydra", "--overwrite", "--memory", "much"],
+        r"'much' is not a size",
+        2,
+    ),
+    (
+        ["reduce", "RUN", "--method", "hydra", "--overwrite", "--memory", "10MiB"],
         r"needs [\d.]+ [MG]iB, --memory is 10 MiB: raise --memory to \d+MiB",
         1,
     ),
@@ -274,7 +292,9 @@ def test_reduce_and_export_come_after_what_they_need(tmp_path: Path) -> None:
         )
     call("record", BAD, run)
     assert_told(
-        call("export", run), r"reduce hydra has not been run: run hydra-pipe reduce .* first", 1
+        call("export", run, "--method", "hydra"),
+        r"reduce hydra has not been run: run hydra-pipe reduce .* first",
+        1,
     )
 
 
@@ -353,7 +373,7 @@ def test_reduce_tells_of_damage(
     run: Path, what: str, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(run)
-    assert_told(call("reduce", run, "--overwrite"), message, 1)
+    assert_told(call("reduce", run, "--method", "hydra", "--overwrite"), message, 1)
 
 
 def test_record_refuses_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
@@ -414,7 +434,11 @@ def test_a_directory_inside_a_file_is_told(tmp_path: Path) -> None:
 
 
 def test_wrong_usage_exits_with_2() -> None:
-    for arguments in (["record"], ["reduce", "run", "--colour", "red"], ["paint"]):
+    for arguments in (
+        ["record"],
+        ["reduce", "run", "--method", "hydra", "--colour", "red"],
+        ["paint"],
+    ):
         assert call(*arguments).exit_code == 2
 
 

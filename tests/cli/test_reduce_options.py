@@ -30,7 +30,18 @@ def call(*arguments: str, code: int = 0) -> str:
 
 def test_a_dry_run_prints_the_plan_and_does_nothing(run: Path) -> None:
     before = (run / "run.json").read_bytes()
-    plan = call("reduce", str(run), "--dry-run", "--memory", "3GiB", "--tests", "0-2", "--mean")
+    plan = call(
+        "reduce",
+        str(run),
+        "--method",
+        "hydra",
+        "--dry-run",
+        "--memory",
+        "3GiB",
+        "--tests",
+        "0-2",
+        "--mean",
+    )
     found = dict(re.split(r"  +", line, maxsplit=1) for line in plan.splitlines())
     assert {
         "order",
@@ -49,27 +60,29 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(run: Path) -> None:
 
 
 def test_selections_and_means_have_results_of_their_own(run: Path) -> None:
-    assert "next: hydra-pipe export" in call("reduce", str(run), "--tests", "1,3-5")
+    assert "next: hydra-pipe export" in call(
+        "reduce", str(run), "--method", "hydra", "--tests", "1,3-5"
+    )
     assert f"next: hydra-pipe export {run} --method hydra-by-label" in call(
-        "reduce", str(run), "--by", "label"
+        "reduce", str(run), "--method", "hydra", "--by", "label"
     )
     assert f"next: hydra-pipe export {run} --method hydra-mean" in call(
-        "reduce", str(run), "--mean"
+        "reduce", str(run), "--method", "hydra", "--mean"
     )
     assert hydra_pipe.open_run(run).methods == ["hydra", "hydra-by-label", "hydra-mean"]
     assert "rankings" in call("export", str(run), "--method", "hydra-by-label")
     assert "--mean and --by: choose one of them" in call(
-        "reduce", str(run), "--mean", "--by", "label", code=2
+        "reduce", str(run), "--method", "hydra", "--mean", "--by", "label", code=2
     )
 
 
 def test_rows_are_pruned_once_hypergradients_are_kept(run: Path) -> None:
     assert "--keep-hypergradients first" in call("prune", str(run), code=1)
-    call("reduce", str(run), "--keep-hypergradients")
+    call("reduce", str(run), "--method", "hydra", "--keep-hypergradients")
     assert re.search(r"[\d.]+ [KM]iB deleted", call("prune", str(run)))
     assert "pruned already, nothing to do" in call("prune", str(run))
     assert "healthy" in call("verify", str(run))
-    call("reduce", str(run), "--tests", "0", "--overwrite")
+    call("reduce", str(run), "--method", "hydra", "--tests", "0", "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +97,7 @@ def test_rows_are_pruned_once_hypergradients_are_kept(run: Path) -> None:
 def test_what_is_advised_makes_the_same_result_again(
     run: Path, options: list[str], name: str
 ) -> None:
-    said = call("reduce", str(run), *options)
+    said = call("reduce", str(run), "--method", "hydra", *options)
     assert (
         "self_relevance" in said
         if name == "self"

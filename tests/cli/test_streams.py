@@ -30,7 +30,7 @@ def recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert isinstance(train, TensorDataset)
     labels = [[f"{NAME}{int(target)}" for target in data.tensors[1]] for data in (train, test)]
     hydra_pipe.record(mlp_pipeline(sample_labels=labels[0], test_labels=labels[1]), run)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     return run
 
 
@@ -54,7 +54,7 @@ def shell(script: str, run: Path, **environment: str) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_what_an_encoding_lacks_is_replaced(run: Path, encoding: str) -> None:
-    for command in ("info", "clean --lowest 3", "export"):
+    for command in ("info", "clean --lowest 3", "export --method hydra"):
         verb, _, options = command.partition(" ")
         result = shell(f"HYDRA {verb} RUN {options}", run, PYTHONIOENCODING=encoding)
         assert result.returncode == 0, result.stderr
@@ -104,7 +104,7 @@ def test_a_library_call_shows_no_progress_where_there_is_no_stream(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", None)
-    assert hydra_pipe.reduce(run, overwrite=True, progress=ConsoleProgress())
+    assert hydra_pipe.reduce(run, overwrite=True, progress=ConsoleProgress(), method="hydra")
 
 
 def test_the_version_is_told_by_the_command_and_by_the_module(tmp_path: Path) -> None:

@@ -164,12 +164,15 @@ def test_means_over_tests_are_combined_by_their_names(seeds: list[Path], tmp_pat
     runs = [Path(shutil.copytree(run, tmp_path / run.name)) for run in seeds]
     for run in runs:
         hydra_pipe.reduce(run, by="label")
-    hydra_pipe.combine(runs, tmp_path / "out", method="hydra-by-label")
-    own = [np.asarray(hydra_pipe.open_run(run).relevance("hydra-by-label"), float) for run in runs]
+    hydra_pipe.combine(runs, tmp_path / "out", method="hydra-fisher-by-label")
+    own = [
+        np.asarray(hydra_pipe.open_run(run).relevance("hydra-fisher-by-label"), float)
+        for run in runs
+    ]
     values = np.stack(own)
     scale = np.sqrt((values**2).mean(axis=1, keepdims=True))
     expected = (values / scale).mean(axis=0) * np.median(scale, axis=0)
-    found = hydra_pipe.open_run(tmp_path / "out").relevance("hydra-by-label")
+    found = hydra_pipe.open_run(tmp_path / "out").relevance("hydra-fisher-by-label")
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -308,8 +311,8 @@ def test_a_resumed_combination_has_the_same_bytes(
         hydra_pipe.combine(seeds, tmp_path / "resumed", progress=Stopping(3))
     stages = RunDirectory.open(tmp_path / "resumed").stages
     assert {str(which): stage.state for which, stage in stages.items()} == {
-        "combine hydra": "running",
-        "reduce hydra": "failed",
+        "combine hydra-fisher": "running",
+        "reduce hydra-fisher": "failed",
     }
     read: list[int] = []
     original = combining._spreads
@@ -341,10 +344,10 @@ def test_a_run_that_was_reduced_anew_is_combined_anew(seeds: list[Path], tmp_pat
     hydra_pipe.export(tmp_path / "out")
     hydra_pipe.reduce(runs[1], overwrite=True)
     assert not hydra_pipe.combine(runs, tmp_path / "out")  # the same values again
-    array = open_relevance(runs[1] / "relevance.zarr", "hydra")
+    array = open_relevance(runs[1] / "relevance.zarr", "hydra-fisher")
     write_relevance(array, 0, 0, -array.read())
     directory = RunDirectory.open(runs[1])
-    which = next(one for one in directory.stages if str(one) == "reduce hydra")
+    which = next(one for one in directory.stages if str(one) == "reduce hydra-fisher")
     directory.stages[which].facts["checksums"] = "other"
     directory.save(which)
     assert hydra_pipe.combine(runs, tmp_path / "out")
@@ -365,7 +368,7 @@ def test_everything_after_reduce_takes_a_combination(shards: list[Path], tmp_pat
     assert "already" in invoke("combine", *shards, "--into", out)
     invoke("export", out, "--top", 4, "--full")
     ranked = pq.read_table(
-        out / "rankings" / "method=hydra" / "part-00000.parquet", partitioning=None
+        out / "rankings" / "method=hydra-fisher" / "part-00000.parquet", partitioning=None
     ).to_pandas()
     combined = hydra_pipe.open_run(out).combined()
     columns = np.searchsorted(np.unique(ranked["test_id"]), ranked["test_id"])
@@ -376,7 +379,7 @@ def test_everything_after_reduce_takes_a_combination(shards: list[Path], tmp_pat
     train = union(SHUFFLED)
     assert ranked["train_key"].tolist() == [KEYS[train[i]] for i in ranked["train_id"]]
     samples = pq.read_table(
-        out / "rankings" / "method=hydra" / "samples.parquet", partitioning=None
+        out / "rankings" / "method=hydra-fisher" / "samples.parquet", partitioning=None
     ).to_pandas()
     visits = np.zeros(N, int)
     for run, part in zip(shards, SHUFFLED, strict=True):
@@ -389,7 +392,7 @@ def test_everything_after_reduce_takes_a_combination(shards: list[Path], tmp_pat
     page = (out / "report.html").read_text()
     assert "stable in 3 of 3 runs" in page
     assert "runs combined" in page
-    found = hydra_pipe.clean(out, method="hydra", lowest=3)
+    found = hydra_pipe.clean(out, method="hydra-fisher", lowest=3)
     assert found.drop["key"].to_pylist() == [
         KEYS[train[i]] for i in found.drop["train_id"].to_pylist()
     ]
@@ -413,8 +416,8 @@ def test_what_cannot_be_combined_is_refused(
         combined(seeds[0], shards[0])
     with pytest.raises(RunError, match="would count twice"):
         combined(seeds[0], Path(shutil.copytree(seeds[0], tmp_path / "copy")))
-    with pytest.raises(RunError, match="reduce hydra-fisher has not been run"):
-        combined(*seeds, method="hydra-fisher")
+    with pytest.raises(RunError, match="reduce influence has not been run"):
+        combined(*seeds, method="influence")
     record(tmp_path / "few", 3, list(range(30)), list(range(TESTS)), keyed=False)
     with pytest.raises(RunError, match="only keys can tell which are the same"):
         combined(seeds[0], tmp_path / "few")
@@ -423,7 +426,7 @@ def test_what_cannot_be_combined_is_refused(
     with pytest.raises(BudgetError, match="raise --memory"):
         combined(*seeds, memory="1MiB")
     combined(*seeds[:2])
-    with pytest.raises(RunError, match="combine hydra was run with runs="):
+    with pytest.raises(RunError, match="combine hydra-fisher was run with runs="):
         combined(*seeds)
     combined(*seeds, overwrite=True)
     assert hydra_pipe.open_run(tmp_path / "out").combined().n_runs == 3
@@ -445,7 +448,7 @@ def test_other_labels_of_the_same_sample_are_refused(tmp_path: Path) -> None:
 
 def test_values_that_are_no_numbers_are_refused(seeds: list[Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(seeds[1], tmp_path / "broken"))
-    array = open_relevance(run / "relevance.zarr", "hydra")
+    array = open_relevance(run / "relevance.zarr", "hydra-fisher")
     values = array.read()
     values[3, 5] = np.inf
     write_relevance(array, 0, 0, values)
@@ -464,7 +467,7 @@ def test_a_combination_of_another_method_is_reported_and_drawn(
     assert "stable in 2 of 2 runs" in (tmp_path / "out" / "report-grad-dot.html").read_text()
     assert hydra_pipe.open_run(tmp_path / "out").methods == ["grad-dot"]
     hydra_pipe.combine(runs, tmp_path / "out")  # another method of the same runs, beside it
-    assert hydra_pipe.open_run(tmp_path / "out").methods == ["grad-dot", "hydra"]
+    assert hydra_pipe.open_run(tmp_path / "out").methods == ["grad-dot", "hydra-fisher"]
     with pytest.raises(RunError, match="combines runs, and has no recording"):
         hydra_pipe.open_run(tmp_path / "out").plot.loss()
     assert hydra_pipe.verify(tmp_path / "out") == []
@@ -479,7 +482,7 @@ def test_a_damaged_combination_is_set_back_and_combined_again(
     chunk = next((tmp_path / "out" / "combined").rglob("agreeing/c/0/0"))
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     assert [fault.where for fault in hydra_pipe.verify(tmp_path / "out")] == [
-        "combined/hydra.zarr/agreeing/c/0/0"
+        "combined/hydra-fisher.zarr/agreeing/c/0/0"
     ]
     assert hydra_pipe.verify(tmp_path / "out", repair=True) == []
     assert RunDirectory.open(tmp_path / "out").stages == {}

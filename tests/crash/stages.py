@@ -12,9 +12,17 @@ Stages = dict[str, tuple[list[str], str | None, list[str]]]
 # of each of these a call of each kind is struck by the tests
 STAGES: Stages = {
     "record": ([*RECORD, "--checkpoint-every", "2"], None, []),
-    "reduce, score first": (["reduce", "RUN"], "score first", ["record"]),
-    "reduce, fold first": (["reduce", "RUN", "--keep-hypergradients"], "fold first", ["record"]),
-    "export": (["export", "RUN", "--full", "--top", "5"], None, ["record", "reduce, score first"]),
+    "reduce, score first": (["reduce", "RUN", "--method", "hydra"], "score first", ["record"]),
+    "reduce, fold first": (
+        ["reduce", "RUN", "--method", "hydra", "--keep-hypergradients"],
+        "fold first",
+        ["record"],
+    ),
+    "export": (
+        ["export", "RUN", "--method", "hydra", "--full", "--top", "5"],
+        None,
+        ["record", "reduce, score first"],
+    ),
     "prune": (["prune", "RUN"], None, ["record", "reduce, fold first"]),
 }
 # with test gradients on the way, for tracin
@@ -23,7 +31,8 @@ TESTED: Stages = {
 }
 # of each of these a few calls, and all by benchmarks/crash.py
 LATER: Stages = {
-    "fisher": (["reduce", "RUN", "--method", "hydra-fisher"], "narrow", ["tested"]),
+    "fisher": (["reduce", "RUN"], "narrow", ["tested"]),
+    "basis": (["reduce", "RUN", "--rank", "5"], "narrow", ["tested"]),
     "exact": (["reduce", "RUN", "--method", "hydra-exact"], "narrow", ["tested"]),
     "rank": (["reduce", "RUN", "--method", "hydra-exact", "--rank", "3"], "narrow", ["tested"]),
     "influence": (["reduce", "RUN", "--method", "influence"], "narrow", ["tested"]),
@@ -43,17 +52,17 @@ LATER: Stages = {
     "smoothness": (["evaluate", PIPELINE, "RUN", "smoothness"], None, ["tested"]),
     "probe": (PROBE, None, ["record"]),
     "reduce of a probe": (
-        ["reduce", "RUN", "--probe", "wrong"],
+        ["reduce", "RUN", "--method", "hydra", "--probe", "wrong"],
         "score first",
         ["record", "probe"],
     ),
     "probe anew": ([*PROBE, "--overwrite"], None, ["record", "probe", "reduce of a probe"]),
     "keep": (
-        ["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"],
+        ["reduce", "RUN", "--keep-hypergradients"],
         "narrow",
         ["tested"],
     ),
-    "report": (["report", "RUN"], None, ["record", "reduce, score first"]),
+    "report": (["report", "RUN", "--method", "hydra"], None, ["record", "reduce, score first"]),
     "clean": (
         ["clean", "RUN", "--method", "hydra", "--lowest", "4", "--retrain"],
         None,
@@ -64,6 +73,6 @@ ALL = STAGES | TESTED | LATER
 # of two runs: FIRST and SECOND in its arguments
 TOGETHER: Stages = {
     "second record": (["record", f"{PIPELINE}:second", "RUN", "--encoding", "exact"], None, []),
-    "second": (["reduce", "RUN"], "score first", ["second record"]),
-    "combine": (["combine", "FIRST", "SECOND", "--into", "RUN"], "narrow", []),
+    "second": (["reduce", "RUN", "--method", "hydra"], "score first", ["second record"]),
+    "combine": (["combine", "FIRST", "SECOND", "--into", "RUN", "--method", "hydra"], "narrow", []),
 }

@@ -230,7 +230,7 @@ def test_whatever_a_command_meets_it_ends_with_the_same_bytes(
     assert KILLED in codes
 
 
-@pytest.mark.parametrize("name", ["fisher", "exact", "rank", "lds"])
+@pytest.mark.parametrize("name", ["fisher", "basis", "exact", "rank", "lds"])
 def test_a_command_that_is_killed_at_some_moment_ends_with_the_same_bytes(
     name: str, two_commands: list[Commands], whole: Callable[[str], Stage], tmp_path: Path
 ) -> None:

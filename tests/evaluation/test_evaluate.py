@@ -212,9 +212,9 @@ def test_noise_ranks_means_and_what_is_relevant_to_itself(
     case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(campaign, "Retrainer", None)  # rankings alone need no training
-    hydra_pipe.reduce(case[1], by="mean")
+    hydra_pipe.reduce(case[1], by="mean", method="hydra")
     hydra_pipe.reduce(case[1], method="self")
-    hydra_pipe.reduce(case[1], by="label")
+    hydra_pipe.reduce(case[1], by="label", method="hydra")
     hydra_pipe.reduce(case[1], method="hydra-fisher", by="mean", tests="0-3")
     put(
         case[1],
@@ -287,7 +287,7 @@ def test_approximation_compares_the_test_samples_and_means_that_both_have(
     case: tuple[str, Path],
 ) -> None:
     whole = np.asarray(hydra_pipe.open_run(case[1]).relevance("hydra"), np.float64)
-    hydra_pipe.reduce(case[1], by="mean")
+    hydra_pipe.reduce(case[1], by="mean", method="hydra")
     hydra_pipe.reduce(case[1], method="influence", tests="9-11")
     put(case[1], "hydra-exact", whole[:, [2, 3, 9]], ResultColumns(((2, 4), (9, 10))))
     put(

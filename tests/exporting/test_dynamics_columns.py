@@ -30,8 +30,8 @@ def columns(run: Path) -> dict[str, np.ma.MaskedArray]:
 
 def exported(pipeline: Pipeline, run: Path) -> Path:
     hydra_pipe.record(pipeline, run)
-    hydra_pipe.reduce(run)
-    hydra_pipe.export(run)
+    hydra_pipe.reduce(run, method="hydra")
+    hydra_pipe.export(run, method="hydra")
     return run
 
 

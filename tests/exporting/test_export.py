@@ -28,14 +28,14 @@ from hydra_pipe.store.zarr.arrays import Array
 def reduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("export") / "run"
     hydra_pipe.record(conv_pipeline(n_train=60, n_test=90), run)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     return run
 
 
 @pytest.fixture
 def exported(reduced: Path, tmp_path: Path) -> Path:
     run = Path(shutil.copytree(reduced, tmp_path / "run"))
-    hydra_pipe.export(run, top=4, full=True)
+    hydra_pipe.export(run, top=4, full=True, method="hydra")
     return run
 
 
@@ -96,7 +96,7 @@ def test_method_sign_unit_and_run_stand_in_every_schema(exported: Path) -> None:
 
 
 def test_tables_say_what_the_matrix_says(exported: Path) -> None:
-    relevance = np.asarray(hydra_pipe.open_run(exported).relevance())
+    relevance = np.asarray(hydra_pipe.open_run(exported).relevance("hydra"))
     matrix = pq.read_table(tables(exported) / "matrix").to_pandas()
     np.testing.assert_array_equal(matrix["relevance"].to_numpy().reshape(90, 60), relevance.T)
     assert matrix["test_id"].is_monotonic_increasing
@@ -164,11 +164,11 @@ def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(
     monkeypatch.setattr(source_module, "read_columns", counted)
     monkeypatch.setattr(planning, "GROUP_ROWS", 8 * 60)
     monkeypatch.setattr(planning, "BLOCK_BYTES", 1)
-    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True, method="hydra")
     assert len(read) == 2
     monkeypatch.setattr(planning, "BLOCK_BYTES", 2**26)
     wide = {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")}
-    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True, method="hydra")
     assert len(read) == 3
     assert (
         {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")}
@@ -185,8 +185,8 @@ def test_named_labels_and_unknown_labels(tmp_path: Path) -> None:
         data.tensors = (data.tensors[0], data.tensors[1].float()[:, None])
     hydra_pipe.record(unknown, tmp_path / "unknown")
     for run in ("named", "unknown"):
-        hydra_pipe.reduce(tmp_path / run)
-        hydra_pipe.export(tmp_path / run)
+        hydra_pipe.reduce(tmp_path / run, method="hydra")
+        hydra_pipe.export(tmp_path / run, method="hydra")
     named = pq.read_table(tables(tmp_path / "named") / "part-00000.parquet", partitioning=None)
     assert set(named["train_label"].to_pylist()) == {"cat", "dog"}
     assert set(named["test_label"].to_pylist()) == {"eel"}
@@ -208,15 +208,15 @@ def test_a_failed_export_leaves_the_old_tables(
 
     monkeypatch.setattr(totals_module, "rank_harmful", fail)
     with pytest.raises(OSError, match="No space"):
-        hydra_pipe.export(exported, top=7, overwrite=True)
+        hydra_pipe.export(exported, top=7, overwrite=True, method="hydra")
     assert {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")} == before
     assert not list((exported / "rankings").glob("*.partial"))
 
 
 def test_reducing_again_removes_rankings_of_the_old_relevance(exported: Path) -> None:
-    hydra_pipe.reduce(exported, overwrite=True)
+    hydra_pipe.reduce(exported, overwrite=True, method="hydra")
     assert not tables(exported).exists()
-    assert hydra_pipe.export(exported) is True
+    assert hydra_pipe.export(exported, method="hydra") is True
 
 
 def self_relevance(run: Path, method: str = "hydra") -> np.ndarray:
@@ -226,23 +226,25 @@ def self_relevance(run: Path, method: str = "hydra") -> np.ndarray:
 
 
 def test_self_relevance_is_filled_once_it_was_computed_and_stays_true(exported: Path) -> None:
-    assert not hydra_pipe.export(exported, top=4, full=True)
+    assert not hydra_pipe.export(exported, top=4, full=True, method="hydra")
     hydra_pipe.reduce(exported, method="self")
     assert hydra_pipe.verify(exported) == []
-    assert hydra_pipe.export(exported, top=4, full=True)  # what was written before lacks it
+    assert hydra_pipe.export(
+        exported, top=4, full=True, method="hydra"
+    )  # what was written before lacks it
     assert np.array_equal(
         self_relevance(exported), np.asarray(hydra_pipe.open_run(exported).relevance("self"))[:, 0]
     )
     assert (self_relevance(exported) > 0).all()
     assert hydra_pipe.verify(exported) == []
-    assert not hydra_pipe.export(exported, top=4, full=True)
+    assert not hydra_pipe.export(exported, top=4, full=True, method="hydra")
     hydra_pipe.reduce(exported, method="self", overwrite=True)  # the same bytes
-    assert not hydra_pipe.export(exported, top=4, full=True)
+    assert not hydra_pipe.export(exported, top=4, full=True, method="hydra")
 
 
 def test_tables_with_another_self_relevance_are_stale(exported: Path) -> None:
     hydra_pipe.reduce(exported, method="self")
-    hydra_pipe.export(exported, top=4, full=True)
+    hydra_pipe.export(exported, top=4, full=True, method="hydra")
     directory = RunDirectory.open(exported)
     directory.stages[EXPORT.of("hydra")].facts["of_self"] = "0" * 64
     directory.save(EXPORT.of("hydra"))
@@ -250,14 +252,14 @@ def test_tables_with_another_self_relevance_are_stale(exported: Path) -> None:
     assert (
         "is stale: it was computed from another relevance of samples for themselves" in fault.found
     )
-    assert hydra_pipe.export(exported, top=4, full=True)
+    assert hydra_pipe.export(exported, top=4, full=True, method="hydra")
     assert hydra_pipe.verify(exported) == []
 
 
 def test_results_of_the_first_steps_have_the_self_relevance_of_these(tmp_path: Path) -> None:
     run = tmp_path / "run"
     hydra_pipe.record(conv_pipeline(), run, test_every="epoch")
-    hydra_pipe.reduce(run, up_to_step=4)
+    hydra_pipe.reduce(run, up_to_step=4, method="hydra")
     hydra_pipe.reduce(run, method="self")
     hydra_pipe.export(run, method="hydra-upto-4")
     assert np.isnan(self_relevance(run, "hydra-upto-4")).all()
@@ -316,7 +318,7 @@ def test_row_groups_hold_whole_test_samples_in_files_of_several(
         name: pq.read_table(tables(exported) / name, partitioning=None)
         for name in ("part-00000.parquet", "matrix")
     }
-    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True, method="hydra")
     files = sorted((tables(exported) / "matrix").iterdir())
     spans = [
         [
@@ -345,7 +347,7 @@ def test_slabs_of_very_many_samples_give_the_same_tables(
     monkeypatch.setattr(
         export_module, "plan_export", lambda given: replace(plan(given), block_tests=block_tests)
     )
-    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True, method="hydra")
     files = sorted((tables(exported) / "matrix").iterdir())
     assert [pq.read_metadata(f).num_rows for f in files] == [60] * 90
     assert [pq.read_metadata(files[0]).row_group(i).num_rows for i in range(3)] == [25, 25, 10]
@@ -361,8 +363,10 @@ def test_slabs_of_very_many_samples_give_the_same_tables(
 def test_a_budget_that_is_too_small_is_refused_and_leaves_the_old_tables(exported: Path) -> None:
     before = {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")}
     with pytest.raises(BudgetError, match="raise --memory to"):
-        hydra_pipe.export(exported, top=4, full=True, memory="100MiB", overwrite=True)
+        hydra_pipe.export(
+            exported, top=4, full=True, memory="100MiB", overwrite=True, method="hydra"
+        )
     assert {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")} == before
     assert hydra_pipe.verify(exported) == []
     # no setting that the tables depend on
-    assert not hydra_pipe.export(exported, top=4, full=True, memory="1GiB")
+    assert not hydra_pipe.export(exported, top=4, full=True, memory="1GiB", method="hydra")

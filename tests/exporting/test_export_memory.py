@@ -14,7 +14,7 @@ from hydra_pipe.plan import exporting as planning
 planning.MOST_WHOLE = int(sys.argv[3])
 plans, plan = [], run.plan_export
 run.plan_export = lambda given: plans.append(plan(given)) or plans[-1]
-run.export_run(sys.argv[1], memory=sys.argv[2], full=True, overwrite=True)
+run.export_run(sys.argv[1], method="hydra", memory=sys.argv[2], full=True, overwrite=True)
 # not ru_maxrss, which a process inherits from the one that started it
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
 print(int(peak) * 1024, plans[0].peak_bytes, plans[0].block_tests, plans[0].slab_samples)

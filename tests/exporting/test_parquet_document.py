@@ -64,7 +64,7 @@ def exported(request: pytest.FixtureRequest, where: Path) -> Iterator[Path]:
     hydra_pipe.record(mlp_pipeline(n_train=N_TRAIN, n_test=N_TEST, **words), run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "GROUP_ROWS", 4 * N_TRAIN)
-        for method in ("hydra", "grad-cos"):
+        for method in ("hydra-fisher", "grad-cos"):
             hydra_pipe.reduce(run, method=method)
             hydra_pipe.export(run, method=method, top=15, full=True)
     cameras = pd.DataFrame(
@@ -141,7 +141,7 @@ def answers_of(tool: str) -> dict[str, Any]:
 def truth_of(where: Path) -> dict[str, Rows]:
     """The answers by NumPy, from `relevance.zarr`."""
     run = hydra_pipe.open_run(where / "runs" / "mine")
-    relevance = run.relevance()
+    relevance = run.relevance("hydra-fisher")
     train, test = (relevance[f"{which}_label"].to_numpy().tolist() for which in ("sample", "test"))
     values = relevance.to_numpy()
     sums, column = values.sum(1, dtype=float), values[:, 3]
@@ -154,7 +154,7 @@ def truth_of(where: Path) -> dict[str, Rows]:
         for own in [values[np.ix_(np.array(train) == a, np.array(test) == b)]]
     ]
     counts = []
-    for method in ("grad-cos", "hydra"):
+    for method in ("grad-cos", "hydra-fisher"):
         of_method = np.asarray(run.relevance(method))
         worst = {int(i) for c in of_method.T for i in np.argsort(c, kind="stable")[:10] if c[i] < 0}
         counts.append((method, len(worst)))

@@ -21,13 +21,15 @@ TESTS = Path(__file__).parents[1]
 # arguments of `reduce --dry-run`; hydra-exact is the last: it loads torch, whose memory other plans
 # would count
 PLANS = """
+whole --method hydra
+whole --method hydra --keep-hypergradients --overwrite
+whole --method hydra --mean --tests 0-1 --chunks 4x51
+whole --method hydra --probe new
+whole --method hydra --up-to-step 3
 whole
-whole --keep-hypergradients --overwrite
-whole --mean --tests 0-1 --chunks 4x51
-whole --probe new
-whole --up-to-step 3
-whole --method hydra-fisher
-whole --method hydra-fisher --keep-hypergradients
+whole --rank 20
+whole --chunks 4x51 --probe new
+whole --keep-hypergradients
 whole --method tracin --by label
 whole --method grad-dot
 whole --method grad-cos

@@ -527,7 +527,7 @@ def test_lenet_on_fashion_mnist(tmp_path: Path, shared_data: Path) -> None:
     assert found[f"{names.STEPS}/{names.N_ROWS}"].tolist() == [64] * 8
     assert found[f"{names.STEPS}/{names.IMBALANCE}"].max() < 1e-3
     assert np.isfinite(found[names.CURVATURE]).all()
-    hydra_pipe.reduce(tmp_path / "run")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
     relevance = np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra"))
     assert relevance.shape == (256, 20)
     assert np.abs(relevance).max() > 0
@@ -575,9 +575,9 @@ def test_batches_may_be_mappings_and_a_test_set_is_optional(
     assert hydra_pipe.verify(tmp_path / "run") == []
     if tests is None:
         hydra_pipe.probe(tmp_path / "run", TESTS, name="late", model=module, loss=cross_entropy)
-        assert hydra_pipe.reduce(tmp_path / "run", probe="late")
+        assert hydra_pipe.reduce(tmp_path / "run", probe="late", method="hydra")
     else:
-        assert hydra_pipe.reduce(tmp_path / "run")
+        assert hydra_pipe.reduce(tmp_path / "run", method="hydra")
 
 
 SLIPS: dict[str, tuple[Any, Any, str]] = {

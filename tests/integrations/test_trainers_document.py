@@ -50,7 +50,7 @@ def test_sentences_are_recorded_and_shown(tmp_path: Path, monkeypatch: pytest.Mo
     (block,) = (block for block in BLOCKS if "transformers" in block)
     exec(compile(block, "trainers.md", "exec"), {})
     assert len(arrays(tmp_path / "runs" / "bert")[names.SAMPLE]) == 2 * 96
-    page = (tmp_path / "runs" / "bert" / "report-hydra-fisher.html").read_text()
+    page = (tmp_path / "runs" / "bert" / "report.html").read_text()
     # the texts of the test samples
     assert len(re.findall(r"(?:(?:a|dull|film|,|moving|one|and|not|too|long) ){5}", page)) > 8
 
@@ -84,7 +84,7 @@ def test_two_processes_record_one_run(tmp_path: Path, script: str, steps: int) -
     assert sorted(ids) == sorted([*range(200)] * 3)  # each once an epoch
     assert all(np.isfinite(found[f"rank/{rank}/{names.CURVATURE}"]).all() for rank in range(2))
     assert hydra_pipe.verify(run) == []
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     assert np.asarray(hydra_pipe.open_run(run).relevance("hydra")).shape == (200, 100)
 
 

@@ -162,7 +162,7 @@ def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(
     assert_same_arrays(tmp_path / "run", tmp_path / "loop")
     relevances = []
     for run in (tmp_path / "run", tmp_path / "loop"):
-        hydra_pipe.reduce(run)
+        hydra_pipe.reduce(run, method="hydra")
         relevances.append(np.asarray(hydra_pipe.open_run(run).relevance("hydra")))
     np.testing.assert_array_equal(*relevances)
     assert np.abs(relevances[0]).max() > 0
@@ -408,10 +408,7 @@ def test_sentences_of_sst2(tmp_path: Path, shared_data: Path, kind: str) -> None
     assert found[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
     hydra_pipe.reduce(tmp_path / "run")
     assert (
-        np.abs(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra")))
-        .min(axis=0)
-        .max()
-        > 0
+        np.abs(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance())).min(axis=0).max() > 0
     )
     shown = hydra_pipe.ShownSamples(train, tests, lambda sample: words.decode(sample["input_ids"]))
     assert hydra_pipe.report(tmp_path / "run", samples=shown)
@@ -482,7 +479,7 @@ def test_a_model_that_returns_a_tuple_has_its_loss_first(tmp_path: Path) -> None
         HydraCallback(tmp_path / "run", texts(5, 1, causal=False), **EXACT),
         Trainer,
     )
-    assert hydra_pipe.reduce(tmp_path / "run")
+    assert hydra_pipe.reduce(tmp_path / "run", method="hydra")
 
 
 def test_a_model_whose_forward_takes_no_labels_needs_a_test_loss(tmp_path: Path) -> None:
@@ -503,7 +500,7 @@ def test_a_model_whose_forward_takes_no_labels_needs_a_test_loss(tmp_path: Path)
         HydraCallback(tmp_path / "run", tests, test_loss=loss, **EXACT),
         OwnLoss,
     )
-    assert hydra_pipe.reduce(tmp_path / "run")
+    assert hydra_pipe.reduce(tmp_path / "run", method="hydra")
 
 
 TOO_LONG = {"input_ids": [5] * 99, "labels": 1}
@@ -524,7 +521,7 @@ def test_a_test_set_is_optional(tmp_path: Path) -> None:
         return nn.functional.cross_entropy(output.logits, labels, reduction="none")
 
     hydra_pipe.probe(tmp_path / "run", tests, name="late", model=model, loss=loss)
-    assert hydra_pipe.reduce(tmp_path / "run", probe="late")
+    assert hydra_pipe.reduce(tmp_path / "run", probe="late", method="hydra")
 
 
 SLIPS: list[tuple[str, Any, str]] = [

@@ -33,7 +33,7 @@ def input_of(width: int = 44_426, most_rows: int = 64, **changes: object) -> Swe
         "workers": 2,
     }
     given = ReductionInput(**(sizes | changes))  # type: ignore[arg-type]
-    return SweepInput(given, width, most_rows, given.n_samples)
+    return SweepInput(given, width, given.shard_rows, most_rows, given.n_samples)
 
 
 @st.composite

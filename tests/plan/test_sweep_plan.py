@@ -79,3 +79,9 @@ def test_one_worker_takes_many_columns_where_two_would_take_few() -> None:
         match=r"a sweep of one column over 44,426 features needs .* raise --memory to \d+MiB",
     ):
         plan_sweep(input_of(memory_bytes=BASE_BYTES))
+
+
+def test_more_blocks_than_a_plan_can_list_are_refused() -> None:
+    """A manifest may say anything."""
+    with pytest.raises(BudgetError, match=r"at most 1,048,576 are planned: raise --memory"):
+        plan_sweep(input_of(n_tests=2**50, n_columns=2**50, n_samples=10, memory_bytes=400 * MIB))

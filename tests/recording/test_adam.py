@@ -112,12 +112,12 @@ def test_relevance_equals_the_float64_loop_of_the_same_recursion(
     tmp_path: Path, kind: type[torch.optim.Optimizer]
 ) -> None:
     hydra_pipe.record(adam_pipeline(kind), tmp_path / "run", encoding="exact", dtype="float32")
-    hydra_pipe.reduce(tmp_path / "run")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
     run = hydra_pipe.open_run(tmp_path / "run")
     factored = [b.name for b in run.gradients.layout.blocks if b.inputs is not None]
     assert factored
     expected = adam_oracle(adam_pipeline(kind), factored)
-    assert relative_error(np.asarray(run.relevance()), expected) < 1e-4
+    assert relative_error(np.asarray(run.relevance("hydra")), expected) < 1e-4
     exact = adam_oracle(adam_pipeline(kind))
     assert spearmanr(exact.ravel(), expected.ravel()).statistic > 0.97
 
@@ -139,9 +139,9 @@ def test_a_projection_keeps_the_preconditioned_relevance_on_the_whole(tmp_path: 
         adam_pipeline(torch.optim.AdamW), tmp_path / "projected", encoding="projected", dim=400
     )
     for run in ("exact", "projected"):
-        hydra_pipe.reduce(tmp_path / run)
+        hydra_pipe.reduce(tmp_path / run, method="hydra")
     exact, projected = (
-        np.asarray(hydra_pipe.open_run(tmp_path / r).relevance()).ravel()
+        np.asarray(hydra_pipe.open_run(tmp_path / r).relevance("hydra")).ravel()
         for r in ("exact", "projected")
     )
     assert np.corrcoef(exact, projected)[0, 1] > 0.8
@@ -212,9 +212,10 @@ def test_an_optimizer_of_ones_own_is_refused_until_it_is_taught(
     hydra_pipe.record(pipeline(), tmp_path / "taught", encoding="exact", dtype="float32")
     hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd", encoding="exact", dtype="float32")
     for run in ("taught", "sgd"):
-        hydra_pipe.reduce(tmp_path / run)
+        hydra_pipe.reduce(tmp_path / run, method="hydra")
     taught, sgd = (
-        np.asarray(hydra_pipe.open_run(tmp_path / run).relevance()) for run in ("taught", "sgd")
+        np.asarray(hydra_pipe.open_run(tmp_path / run).relevance("hydra"))
+        for run in ("taught", "sgd")
     )
     np.testing.assert_array_equal(taught, sgd)
     with pytest.raises(

@@ -188,7 +188,7 @@ def test_dynamics_survive_pruning(tmp_path: Path) -> None:
         recorder.record_test([(x[:4], y[:4])], F.cross_entropy)
     store = Gradients(tmp_path / "run" / names.GRADIENTS)
     before = {c.name: store.row_dynamics(c.name, slice(0, N)) for c in store.dynamics_shape.columns}
-    hydra_pipe.reduce(tmp_path / "run", keep_hypergradients=True)
+    hydra_pipe.reduce(tmp_path / "run", keep_hypergradients=True, method="hydra")
     assert hydra_pipe.prune(tmp_path / "run") > 0
     store = Gradients(tmp_path / "run" / names.GRADIENTS)
     for name, values in before.items():

@@ -199,7 +199,7 @@ class TestSlips:
                     RunError,
                     match=r"without test gradients: take some .* by hydra-pipe probe .* --probe",
                 ):
-                    hydra_pipe.reduce(tmp_path / name)
+                    hydra_pipe.reduce(tmp_path / name, method="hydra")
                 assert hydra_pipe.reduce(tmp_path / name, method="self")
                 hydra_pipe.probe(
                     tmp_path / name,
@@ -209,7 +209,9 @@ class TestSlips:
                     loss=cross_entropy,
                 )
                 assert hydra_pipe.verify(tmp_path / name) == []
-            hydra_pipe.reduce(tmp_path / name, probe=None if name == "with" else "late")
+            hydra_pipe.reduce(
+                tmp_path / name, probe=None if name == "with" else "late", method="hydra"
+            )
             result = "hydra" if name == "with" else "hydra-of-late"
             arrays[name] = zarr.open_array(tmp_path / name / "relevance.zarr" / result, mode="r")[:]
         np.testing.assert_array_equal(arrays["with"], arrays["without"])
@@ -225,10 +227,10 @@ class TestSlips:
         recorder.close()
         assert hydra_pipe.verify(tmp_path / "run") == []
         with pytest.raises(RunError, match=r"without test gradients: .* answer --up-to-step STEP"):
-            hydra_pipe.reduce(tmp_path / "run")
-        assert hydra_pipe.reduce(tmp_path / "run", up_to_step=2)
+            hydra_pipe.reduce(tmp_path / "run", method="hydra")
+        assert hydra_pipe.reduce(tmp_path / "run", up_to_step=2, method="hydra")
         with pytest.raises(UsageError, match="taken after 2 steps"):
-            hydra_pipe.reduce(tmp_path / "run", up_to_step=3)
+            hydra_pipe.reduce(tmp_path / "run", up_to_step=3, method="hydra")
 
     def test_labels_that_close_cannot_write_can_be_given_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -350,7 +352,7 @@ def test_a_recording_that_was_never_closed_is_named(tmp_path: Path) -> None:
         assert "hydra-pipe record" not in str(told.value)
     recorder.fail(ValueError("mine"))
     with pytest.raises(RunError, match=r"state: failed\), mine: run the training again") as told:
-        hydra_pipe.reduce(tmp_path / "run")
+        hydra_pipe.reduce(tmp_path / "run", method="hydra")
     assert "hydra-pipe record" not in str(told.value)
 
 
@@ -465,7 +467,7 @@ def test_a_pipeline_may_have_a_model_of_two_inputs(tmp_path: Path, form: str) ->
     hydra_pipe.record(own, tmp_path / "run", **EXACT)
     for a, b in zip(plain.model.parameters(), own.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    hydra_pipe.reduce(tmp_path / "run")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
     hydra_pipe.reduce(tmp_path / "run", method="hydra-exact", pipeline=build())
 
 
@@ -488,8 +490,8 @@ class TestPipelines:
         hydra_pipe.record(pipeline, tmp_path / "run")
         assert hydra_pipe.verify(tmp_path / "run") == []
         hydra_pipe.probe(tmp_path / "run", tests, name="late", pipeline=pipeline)
-        assert hydra_pipe.reduce(tmp_path / "run", probe="late")
-        assert hydra_pipe.export(tmp_path / "run", probe="late")
+        assert hydra_pipe.reduce(tmp_path / "run", probe="late", method="hydra")
+        assert hydra_pipe.export(tmp_path / "run", probe="late", method="hydra")
         with pytest.raises(UsageError, match="the pipeline has no test set"):
             hydra_pipe.record(pipeline, tmp_path / "other", test_every="epoch")
 

@@ -177,11 +177,11 @@ def test_two_ranks_record_the_run_of_one_process(pair: tuple[str, Path, Path]) -
     assert one.gradients.test_steps() == other.gradients.test_steps() == [7, N_STEPS]
 
     for run in (together, alone):
-        assert hydra_pipe.reduce(run)
-        assert hydra_pipe.export(run, top=5)
+        assert hydra_pipe.reduce(run, method="hydra")
+        assert hydra_pipe.export(run, top=5, method="hydra")
         assert hydra_pipe.verify(run) == []
     relevance, expected = (
-        hydra_pipe.open_run(run).relevance().to_numpy() for run in (together, alone)
+        hydra_pipe.open_run(run).relevance("hydra").to_numpy() for run in (together, alone)
     )
     assert_close(relevance, expected, tolerance)
     tables = [
@@ -496,10 +496,10 @@ def test_a_tracked_loop_of_two_ranks_is_one_that_names_its_samples(spawn, name: 
             assert values.tobytes() == others[array].tobytes(), array
     for run, skipped in ((named, n_overflowed), (tracked, n_dropped)):
         assert hydra_pipe.open_run(run).info()["stages"]["record"]["facts"]["n_skipped"] == skipped
-        assert hydra_pipe.reduce(run)
+        assert hydra_pipe.reduce(run, method="hydra")
         assert hydra_pipe.verify(run) == []
     assert_close(
-        *(hydra_pipe.open_run(run).relevance().to_numpy() for run in (tracked, named)), 1e-5
+        *(hydra_pipe.open_run(run).relevance("hydra").to_numpy() for run in (tracked, named)), 1e-5
     )
 
 

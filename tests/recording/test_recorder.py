@@ -217,8 +217,8 @@ def test_ones_own_loop_gives_a_run_that_reduces(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             rows, np.stack([t[name].flatten().numpy() for t in truth]), atol=1e-6, err_msg=name
         )
-    hydra_pipe.reduce(tmp_path / "run")
-    assert hydra_pipe.open_run(tmp_path / "run").relevance().shape == (40, 9)
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
+    assert hydra_pipe.open_run(tmp_path / "run").relevance("hydra").shape == (40, 9)
     store = Gradients(tmp_path / "run" / "gradients.zarr")
     assert store.labels(TRAIN_LABELS).tolist() == ["a", "b"] * 20
     assert store.labels(TEST_LABELS).tolist() == test.tensors[1].tolist()

@@ -39,7 +39,7 @@ def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """The relevance of a training that ends after its first epoch."""
     run = tmp_path_factory.mktemp("one") / "run"
     hydra_pipe.record(constant(1), run)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     return relevance(run)
 
 
@@ -75,12 +75,12 @@ def test_the_first_steps_give_what_a_training_gives_that_ends_there(
 ) -> None:
     run = tmp_path / "run"
     hydra_pipe.record(constant(3), run, test_every="epoch")
-    assert hydra_pipe.reduce(run, up_to_step=STEPS)
-    assert not hydra_pipe.reduce(run, up_to_step=STEPS)
+    assert hydra_pipe.reduce(run, up_to_step=STEPS, method="hydra")
+    assert not hydra_pipe.reduce(run, up_to_step=STEPS, method="hydra")
     assert relative_error(relevance(run, "hydra-upto-4"), one_epoch) < 1e-6
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     assert relative_error(relevance(run), one_epoch) > 0.1
-    hydra_pipe.reduce(run, up_to_step=3 * STEPS, by="mean")
+    hydra_pipe.reduce(run, up_to_step=3 * STEPS, by="mean", method="hydra")
     assert (
         relative_error(relevance(run, "hydra-upto-12-mean")[:, 0], relevance(run).mean(axis=1))
         < 1e-5
@@ -96,20 +96,20 @@ def test_readers_beside_a_recording_see_the_steps_that_are_safe(
     def look() -> None:
         info = hydra_pipe.open_run(run).info()["recording"]
         seen.append((info["rows"], info["steps"], info["test_checkpoints"]))
-        hydra_pipe.reduce(run, up_to_step=STEPS)
+        hydra_pipe.reduce(run, up_to_step=STEPS, method="hydra")
         hydra_pipe.export(run, method="hydra-upto-4")
         seen.append(relevance(run, "hydra-upto-4"))
         with pytest.raises(
             UsageError, match=r"--up-to-step 8: test gradients were taken after 4 steps: choose one"
         ):
-            hydra_pipe.reduce(run, up_to_step=2 * STEPS)
+            hydra_pipe.reduce(run, up_to_step=2 * STEPS, method="hydra")
         assert [fault.kind for fault in hydra_pipe.verify(run)] == ["unfinished"]
 
     # the test gradients of the first epoch, and then half of the second one
     hydra_pipe.record(constant(3), run, test_every="epoch", progress=During(26 + 7 + 13, look))
     assert seen[0] == (26, STEPS, [STEPS])
     assert relative_error(seen[1], one_epoch) < 1e-6
-    assert not hydra_pipe.reduce(run, up_to_step=STEPS)
+    assert not hydra_pipe.reduce(run, up_to_step=STEPS, method="hydra")
     assert np.array_equal(relevance(run, "hydra-upto-4"), seen[1])
     visits = duckdb.sql(
         f"select visits from '{run}/rankings/method=hydra-upto-4/samples.parquet'"
@@ -117,7 +117,7 @@ def test_readers_beside_a_recording_see_the_steps_that_are_safe(
     assert visits == [(1,)] * 26
     assert hydra_pipe.verify(run) == []
     shutil.rmtree(run / "relevance.zarr")
-    hydra_pipe.reduce(run, up_to_step=STEPS, overwrite=True)
+    hydra_pipe.reduce(run, up_to_step=STEPS, overwrite=True, method="hydra")
     assert np.array_equal(relevance(run, "hydra-upto-4"), seen[1])
 
 
@@ -126,7 +126,7 @@ def test_what_was_computed_from_steps_that_are_recorded_anew_is_forgotten(tmp_pa
     options = {"test_every": "2", "checkpoint_every": "4"}
     record_and_die(7, lambda: constant(3), run, **options)
     for step in (4, 6):
-        hydra_pipe.reduce(run, up_to_step=step)
+        hydra_pipe.reduce(run, up_to_step=step, method="hydra")
         hydra_pipe.export(run, method=f"hydra-upto-{step}")
     hydra_pipe.record(constant(3), run, **options)
     assert list(RunDirectory.open(run).stages) == [
@@ -135,7 +135,7 @@ def test_what_was_computed_from_steps_that_are_recorded_anew_is_forgotten(tmp_pa
         EXPORT.of("hydra-upto-4"),
     ]
     assert hydra_pipe.verify(run) == []
-    hydra_pipe.reduce(run, up_to_step=6)
+    hydra_pipe.reduce(run, up_to_step=6, method="hydra")
 
 
 def test_of_a_recording_that_was_killed_before_anything_was_safe_nothing_is_read(
@@ -145,7 +145,7 @@ def test_of_a_recording_that_was_killed_before_anything_was_safe_nothing_is_read
     with pytest.raises(
         RunError, match="no step is committed yet: wait for the first checkpoint or test gradients"
     ):
-        hydra_pipe.reduce(tmp_path / "run", up_to_step=STEPS)
+        hydra_pipe.reduce(tmp_path / "run", up_to_step=STEPS, method="hydra")
 
 
 def test_what_cannot_be_of_the_first_steps_is_refused(tmp_path: Path) -> None:
@@ -156,11 +156,11 @@ def test_what_cannot_be_of_the_first_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"--up-to-step 4: test gradients were taken after 5, 10, 12 steps"
     ):
-        hydra_pipe.reduce(run, up_to_step=4)
+        hydra_pipe.reduce(run, up_to_step=4, method="hydra")
     with pytest.raises(UsageError, match="--up-to-step and --keep-hypergradients: choose one"):
-        hydra_pipe.reduce(run, up_to_step=5, keep_hypergradients=True)
-    hydra_pipe.reduce(run, keep_hypergradients=True)
-    hydra_pipe.reduce(run, up_to_step=12)
+        hydra_pipe.reduce(run, up_to_step=5, keep_hypergradients=True, method="hydra")
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
+    hydra_pipe.reduce(run, up_to_step=12, method="hydra")
     assert relative_error(relevance(run, "hydra-upto-12"), relevance(run)) < 1e-6
     hydra_pipe.prune(run)
     with pytest.raises(
@@ -170,7 +170,7 @@ def test_what_cannot_be_of_the_first_steps_is_refused(tmp_path: Path) -> None:
             "--up-to-step"
         ),
     ):
-        hydra_pipe.reduce(run, up_to_step=5)
+        hydra_pipe.reduce(run, up_to_step=5, method="hydra")
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_damaged_counts_of_what_is_safe_are_told(tmp_path: Path, damage: dict[st
     directory.save(RECORD)
     # there are no more, and these are as they were
     if "n_steps" in damage and damage["n_steps"] == 10**15:
-        hydra_pipe.reduce(run, up_to_step=STEPS)
+        hydra_pipe.reduce(run, up_to_step=STEPS, method="hydra")
         return
     with pytest.raises(HydraError) as told:
-        hydra_pipe.reduce(run, up_to_step=STEPS)
+        hydra_pipe.reduce(run, up_to_step=STEPS, method="hydra")
     assert isinstance(told.value, StoreError)

@@ -127,9 +127,9 @@ def test_sums_over_thousands_of_visits_keep_float32s_precision(
         tmp_path / "run", 40, 5, [generator.integers(0, 40, 2000) for _ in range(60)], dtype
     )
     with_order(monkeypatch, order)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     truth = in_float64(run)
-    found = np.asarray(hydra_pipe.open_run(run).relevance())
+    found = np.asarray(hydra_pipe.open_run(run).relevance("hydra"))
     error = np.abs(found - truth).max() / np.abs(truth).max()
     assert error < 3e-6
 
@@ -145,10 +145,10 @@ def test_runs_of_few_rows_or_many_steps(
 ) -> None:
     run = made_up(tmp_path / "run", 11, 2, [np.array(batch) for batch in batches])
     with_order(monkeypatch, order)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     truth = in_float64(run)
     np.testing.assert_allclose(
-        np.asarray(hydra_pipe.open_run(run).relevance()),
+        np.asarray(hydra_pipe.open_run(run).relevance("hydra")),
         truth,
         rtol=1e-4,
         atol=1e-5 * np.abs(truth).max(),

@@ -291,3 +291,19 @@ def test_features_without_any_gradient_have_no_direction(run: Path) -> None:
     assert basis.width == 0
     tests = Rotated(basis.multiplied(none), basis.rotated(none).along)
     assert not basis.squared_norms(tests, none).any()
+
+
+def test_rows_that_are_not_finite_have_no_part_in_the_basis(run: Path) -> None:
+    store = hydra_pipe.open_run(run).gradients
+    parts = parts_of(store.layout, store.schedules()[1])
+    generator = np.random.default_rng(0)
+    rows = [
+        tuple(generator.standard_normal((6, width)).astype(np.float32) for width in part.widths)
+        for part in parts
+    ]
+    found = fitted(parts, None, [[tuple(side[:4] for side in own) for own in rows]], 6)
+    rows[0][0][4], rows[-1][0][5] = np.nan, 1e30
+    again = fitted(parts, None, [rows], 6)
+    assert again.boxes == found.boxes
+    for name, own in found.arrays().items():
+        assert np.array_equal(again.arrays()[name], own)

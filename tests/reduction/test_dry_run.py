@@ -29,20 +29,25 @@ from hydra_pipe.reduction.methods import METHODS
 from hydra_pipe.store.files import remove
 
 TEXTS = Path(__file__).with_name("dry_run.txt")
-_KEPT = ({"keep_hypergradients": True}, {})
+_HYDRA = {"method": "hydra"}
+_KEPT = (_HYDRA | {"keep_hypergradients": True}, _HYDRA)
 # what is asked one after the other of a copy of the run; an option `keep_hypergradients` is carried
 # out as well
 SEQUENCES: dict[str, tuple[dict[str, Any], ...]] = {
     **{method: ({"method": method},) for method in METHODS},
     "hydra, kept": _KEPT,
-    "hydra-fisher, kept": tuple({"method": "hydra-fisher"} | options for options in _KEPT),
+    "hydra-fisher, kept": ({"keep_hypergradients": True}, {}),
     "hydra-exact, some directions": ({"method": "hydra-exact", "rank": 2},),
-    "hydra, means": ({"by": "label", "tests": "0-4"}, {"by": "mean", "chunks": "4x100"}),
+    "hydra, means": tuple(
+        _HYDRA | options
+        for options in ({"by": "label", "tests": "0-4"}, {"by": "mean", "chunks": "4x100"})
+    ),
+    "hydra-fisher, in a basis": ({"rank": 24},),
     "hydra-fisher, means": ({"method": "hydra-fisher", "by": "label"},),
     "influence, means": ({"method": "influence", "by": "mean"},),
     "tracin, the first steps": ({"method": "tracin", "up_to_step": 4},),
-    "hydra, one thread": ({"scheduler": "synchronous"},),
-    "hydra, processes": ({"scheduler": "processes"},),
+    "hydra, one thread": (_HYDRA | {"scheduler": "synchronous"},),
+    "hydra, processes": (_HYDRA | {"scheduler": "processes"},),
     "hydra-fisher, processes": ({"method": "hydra-fisher", "scheduler": "processes"},),
 }
 

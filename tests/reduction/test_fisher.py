@@ -27,7 +27,7 @@ from torch import nn
 
 import hydra_pipe
 from hydra_pipe import Pipeline
-from hydra_pipe.errors import BudgetError, RunError, UsageError
+from hydra_pipe.errors import BudgetError, RunError
 from hydra_pipe.maths.fisher import Form
 from hydra_pipe.plan import chunking
 from hydra_pipe.reduction.solvers import sweep
@@ -71,7 +71,7 @@ def test_the_sweep_is_that_of_a_float64_loop(tmp_path: Path, name: str) -> None:
     hydra_pipe.reduce(tmp_path / "run", method="hydra-fisher")
     expected = by_loop(tmp_path / "run")
     assert relative_error(relevance(tmp_path / "run"), expected) < 1e-4
-    hydra_pipe.reduce(tmp_path / "run")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
     # curvature counts here
     assert relative_error(relevance(tmp_path / "run", "hydra"), expected) > 0.01
     assert hydra_pipe.verify(tmp_path / "run") == []
@@ -123,6 +123,22 @@ def test_any_division_of_the_columns_gives_the_same(
     hydra_pipe.reduce(run, method="hydra-fisher", scheduler=scheduler)
     assert relative_error(relevance(run), expected) < 3e-4
     assert hydra_pipe.verify(run) == []
+
+
+@pytest.mark.parametrize("chunks", ["1x1", "5x100", "1000x19"])
+@pytest.mark.parametrize("rank", [None, 6])
+def test_rows_may_be_decoded_in_other_pieces(run: Path, chunks: str, rank: int | None) -> None:
+    """`--chunks` is rounded up to whole stored chunks of whole rows, and to a file at most."""
+    other = shutil.copytree(run, run.with_name("other"))
+    for path, options in ((run, {"chunks": chunks}), (other, {})):
+        hydra_pipe.reduce(path, method="hydra-fisher", rank=rank, **options)
+    name = "hydra-fisher" if rank is None else f"hydra-fisher-rank-{rank}"
+    assert np.array_equal(relevance(run, name), relevance(other, name))
+    plan = RunDirectory.open(run).stages[REDUCE.of(name)].facts["plan"]
+    stored = hydra_pipe.open_run(run).gradients.rows
+    assert plan["reading"]["rows"] % stored.chunk_rows == 0
+    assert plan["reading"]["rows"] <= stored.shard_rows
+    assert plan["reading"]["features"] == 19
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 6, 8, 13, 20])
@@ -181,14 +197,12 @@ def test_a_damaged_state_is_not_gone_on_with(
 
 
 def test_what_a_sweep_cannot_do_is_refused(run: Path) -> None:
-    with pytest.raises(UsageError, match="--chunks is for --method hydra"):
-        hydra_pipe.reduce(run, method="hydra-fisher", chunks="64x64")
     with pytest.raises(
         BudgetError,
         match=r"a sweep of one column over 29 features .*, --memory is 100 MiB: raise --memory to",
     ):
         hydra_pipe.reduce(run, method="hydra-fisher", memory="100MiB")
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     hydra_pipe.reduce(run, method="hydra-fisher")
     hydra_pipe.prune(run)
     with pytest.raises(
@@ -203,7 +217,7 @@ def test_a_sweep_does_not_blow_up_where_the_curvature_is_far_too_large_for_the_s
 ) -> None:
     """The raw sweep gains a factor each step, the saturated one none."""
     run = made_up(tmp_path / "run", 2, curvature=1e4)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     hydra_pipe.reduce(run, method="hydra-fisher")
     found, fast = relevance(run), relevance(run, "hydra")
     assert np.linalg.norm(found) < np.linalg.norm(fast)

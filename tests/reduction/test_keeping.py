@@ -31,7 +31,7 @@ def run(tmp_path: Path, recorded: Recorded) -> Path:
 @pytest.fixture
 def whole(tmp_path: Path, run: Path) -> np.ndarray:
     other = shutil.copytree(run, tmp_path / "whole")
-    hydra_pipe.reduce(other)
+    hydra_pipe.reduce(other, method="hydra")
     return relevance(other)
 
 
@@ -50,9 +50,9 @@ def order_of(run: Path, method: str = "hydra") -> str:
 
 
 def test_kept_hypergradients_answer_without_the_rows(run: Path, whole: np.ndarray) -> None:
-    assert hydra_pipe.reduce(run, keep_hypergradients=True)
+    assert hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     assert relative_error(relevance(run), whole) < 1e-6
-    assert not hydra_pipe.reduce(run, keep_hypergradients=True)
+    assert not hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     assert hydra_pipe.verify(run) == []
     assert hydra_pipe.prune(run) > 0
     assert hydra_pipe.prune(run) == 0
@@ -60,13 +60,13 @@ def test_kept_hypergradients_answer_without_the_rows(run: Path, whole: np.ndarra
         assert not (run / "gradients.zarr" / name / "c").exists()
     assert hydra_pipe.verify(run) == []
 
-    hydra_pipe.reduce(run, tests="2-4", overwrite=True)
+    hydra_pipe.reduce(run, tests="2-4", overwrite=True, method="hydra")
     assert order_of(run) == "from hypergradients"
     assert relative_error(relevance(run), whole[:, 2:5]) < 1e-6
-    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="mean", method="hydra")
     assert relative_error(relevance(run, "hydra-mean")[:, 0], whole.mean(axis=1)) < 1e-5
     assert hydra_pipe.verify(run) == []
-    assert hydra_pipe.export(run, top=2)
+    assert hydra_pipe.export(run, top=2, method="hydra")
     assert hydra_pipe.open_run(run).info()["recording"]["rows"] > 0
 
 
@@ -79,23 +79,23 @@ def test_more_than_one_file_and_chunk_are_kept_whole(
     monkeypatch.setattr(chunking, "MAX_SHARD_ROWS", 8)
     monkeypatch.setattr("hydra_pipe.store.data.hypergradients.MOST_FILE_ROWS", 4)
     hydra_pipe.record(conv_pipeline(), tmp_path / "small", encoding="exact", dtype="float32")
-    hydra_pipe.reduce(tmp_path / "small", keep_hypergradients=True)
+    hydra_pipe.reduce(tmp_path / "small", keep_hypergradients=True, method="hydra")
     assert len(list((tmp_path / "small/hypergradients/hydra.zarr/folded/c").iterdir())) == 7
     hydra_pipe.prune(tmp_path / "small")
-    hydra_pipe.reduce(tmp_path / "small", overwrite=True)
+    hydra_pipe.reduce(tmp_path / "small", overwrite=True, method="hydra")
     assert relative_error(relevance(tmp_path / "small"), whole) < 1e-5
 
 
 def test_what_is_kept_later_is_the_same(run: Path, whole: np.ndarray) -> None:
-    hydra_pipe.reduce(run)
-    assert hydra_pipe.reduce(run, keep_hypergradients=True)
-    hydra_pipe.reduce(run, overwrite=True)
+    hydra_pipe.reduce(run, method="hydra")
+    assert hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
+    hydra_pipe.reduce(run, overwrite=True, method="hydra")
     assert order_of(run) == "from hypergradients"
     assert relative_error(relevance(run), whole) < 1e-6
 
 
 def test_rows_are_only_deleted_where_hypergradients_are_kept(run: Path) -> None:
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     with pytest.raises(
         RunError,
         match=r"keeps no hypergradients: run hydra-pipe reduce .* --keep-hypergradients first",
@@ -112,7 +112,7 @@ def test_rows_are_only_deleted_where_hypergradients_are_kept(run: Path) -> None:
 def test_rows_are_not_deleted_where_what_is_kept_is_damaged(
     run: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     damage(run / "hypergradients/hydra.zarr" / name)
     assert [fault.where for fault in hydra_pipe.verify(run)] == [
         f"hypergradients/hydra.zarr/{name}"
@@ -123,18 +123,18 @@ def test_rows_are_not_deleted_where_what_is_kept_is_damaged(
 
 
 def test_a_pruned_run_keeps_no_hypergradients_again(run: Path) -> None:
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     hydra_pipe.prune(run)
     with pytest.raises(
         HydraError, match="its gradients were pruned, and its hypergradients are kept"
     ):
-        hydra_pipe.reduce(run, keep_hypergradients=True, overwrite=True)
+        hydra_pipe.reduce(run, keep_hypergradients=True, overwrite=True, method="hydra")
 
 
 def test_a_new_recording_drops_what_was_kept(run: Path) -> None:
     from support.pipelines import conv_pipeline
 
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float32", overwrite=True)
     assert not (run / "hypergradients/hydra.zarr").exists()
     assert KEEP.of("hydra") not in RunDirectory.open(run).stages
@@ -149,13 +149,13 @@ def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
     with monkeypatch.context() as patch:
         patch.setattr("hydra_pipe.reduction.solvers.sums.write_folded", fail)
         with pytest.raises(OSError, match="No space left"):
-            hydra_pipe.reduce(run, keep_hypergradients=True)
+            hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     # without keeping, what is there of it is not used
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     assert order_of(run) != "from hypergradients"
-    assert hydra_pipe.reduce(run, keep_hypergradients=True)
+    assert hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     hydra_pipe.prune(run)
-    hydra_pipe.reduce(run, overwrite=True)
+    hydra_pipe.reduce(run, overwrite=True, method="hydra")
     assert relative_error(relevance(run), whole) < 1e-6
 
 
@@ -191,14 +191,14 @@ def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.Mo
     for last, by in ((8, None), (-1, "mean")):
         monkeypatch.setattr(sums_module, "write_folded", fail_after(last))
         with pytest.raises(OSError, match="No space left"):
-            hydra_pipe.reduce(run, by=by, keep_hypergradients=True)
+            hydra_pipe.reduce(run, by=by, keep_hypergradients=True, method="hydra")
     monkeypatch.setattr(sums_module, "write_folded", written)
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     assert hydra_pipe.prune(run) > 0
 
 
 def test_rows_are_not_deleted_while_hypergradients_are_kept_anew(run: Path) -> None:
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     with (
         one_writer(run, KEEP.of("hydra")),
         pytest.raises(RunError, match="is being written by this very process"),

@@ -390,7 +390,7 @@ def test_a_damaged_matrix_is_found_and_kept_again(run: Path) -> None:
     flip(run / KEPT / "swept/c/1/0")
     (fault,) = hydra_pipe.verify(run)
     assert fault.where == f"{KEPT}/swept/c/1/0"
-    assert "--method hydra-fisher --keep-hypergradients --overwrite" in fault.what
+    assert "run --keep-hypergradients --overwrite" in fault.what
     with pytest.raises(StoreError, match="nothing was deleted"):
         hydra_pipe.prune(run)
     assert hydra_pipe.verify(run, repair=True) == []
@@ -402,7 +402,7 @@ def test_a_damaged_matrix_is_found_and_kept_again(run: Path) -> None:
 
 def test_a_pruned_run_answers_by_what_it_keeps_and_one_loss_leaves_the_other(run: Path) -> None:
     keep(run)
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     assert hydra_pipe.prune(run) > 0
     for method in ("hydra", "hydra-fisher"):
         assert hydra_pipe.reduce(run, method=method, tests="3", overwrite=True)
@@ -417,7 +417,7 @@ def test_a_pruned_run_answers_by_what_it_keeps_and_one_loss_leaves_the_other(run
     flip(run / KEPT / "swept/c/1/0")
     assert hydra_pipe.verify(run, repair=True) == []
     assert RunDirectory.open(run).stages[RECORD].state == "complete"
-    assert hydra_pipe.reduce(run, overwrite=True)
+    assert hydra_pipe.reduce(run, overwrite=True, method="hydra")
     with pytest.raises(RunError, match="only hydra and hydra-exact work without them"):
         hydra_pipe.reduce(run, method="hydra-fisher", overwrite=True)
 
@@ -434,7 +434,7 @@ def test_what_was_kept_in_part_is_given_up_when_that_is_asked_for(
     with pytest.raises(RunError, match=r"--keep-hypergradients first$"):  # nothing would answer
         hydra_pipe.prune(run, discard_unfinished=True)
     assert KEEP.of("hydra-fisher") in RunDirectory.open(run).stages
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     with pytest.raises(
         RunError,
         match=r"keep hydra-fisher is not finished .* or give it up with .* prune .* "
@@ -448,7 +448,7 @@ def test_what_was_kept_in_part_is_given_up_when_that_is_asked_for(
     )
     assert set(RunDirectory.open(run).stages) == kept
     assert hydra_pipe.verify(run) == []
-    assert hydra_pipe.reduce(run, tests="3", overwrite=True)
+    assert hydra_pipe.reduce(run, tests="3", overwrite=True, method="hydra")
 
 
 def test_the_first_steps_are_not_answered_from_a_matrix_of_all(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def relevance(run: Path, method: str = "hydra") -> np.ndarray:
 def whole(tmp_path: Path, run: Path) -> np.ndarray:
     """The relevance for all test samples, of another copy."""
     other = shutil.copytree(run, tmp_path / "whole")
-    hydra_pipe.reduce(other)
+    hydra_pipe.reduce(other, method="hydra")
     return relevance(other)
 
 
@@ -77,7 +77,7 @@ def test_orders_and_passes_give_the_same_relevance(
         else {"sample_blocks": eights(monkeypatch), "test_blocks": TWOS}
     )
     planned(monkeypatch, order=order, **blocks)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     assert relative_error(relevance(run), whole) < 1e-6
     assert hydra_pipe.verify(run) == []
 
@@ -95,8 +95,8 @@ def test_some_test_samples_are_those_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     planned(monkeypatch, order=order)
-    hydra_pipe.reduce(run, tests=selection)
-    found = hydra_pipe.open_run(run).relevance()
+    hydra_pipe.reduce(run, tests=selection, method="hydra")
+    found = hydra_pipe.open_run(run).relevance("hydra")
     assert relative_error(np.asarray(found), whole[:, ids]) < 1e-6
     assert found.test.values.tolist() == ids
     assert (
@@ -104,7 +104,7 @@ def test_some_test_samples_are_those_columns(
         == hydra_pipe.open_run(run).gradients.labels("test")[ids].tolist()
     )
     assert hydra_pipe.verify(run) == []
-    hydra_pipe.export(run, top=3, full=True)
+    hydra_pipe.export(run, top=3, full=True, method="hydra")
     rankings = run / "rankings" / "method=hydra"
     for tables in ("part-*.parquet", "matrix/part-*.parquet"):
         query = f"select distinct test_id from '{rankings / tables}' order by 1"
@@ -124,8 +124,8 @@ def test_means_are_means_of_columns(
     planned(monkeypatch, order=order)
     ids = [*range(7)] if selection is None else [1, 2, 3, 4, 6]
     labels = hydra_pipe.open_run(run).gradients.labels("test")[ids]
-    hydra_pipe.reduce(run, by="label", tests=selection)
-    hydra_pipe.reduce(run, by="mean", tests=selection)
+    hydra_pipe.reduce(run, by="label", tests=selection, method="hydra")
+    hydra_pipe.reduce(run, by="mean", tests=selection, method="hydra")
     by_label = hydra_pipe.open_run(run).relevance("hydra-by-label")
     assert by_label.test_group_label.values.tolist() == sorted(set(labels))
     truth = np.stack(
@@ -143,14 +143,14 @@ def test_means_are_means_of_columns(
 
 
 def test_results_of_all_some_and_means_stand_side_by_side(run: Path) -> None:
-    assert hydra_pipe.reduce(run)
-    assert hydra_pipe.reduce(run, by="mean")
-    assert not hydra_pipe.reduce(run)
+    assert hydra_pipe.reduce(run, method="hydra")
+    assert hydra_pipe.reduce(run, by="mean", method="hydra")
+    assert not hydra_pipe.reduce(run, method="hydra")
     assert hydra_pipe.open_run(run).methods == ["hydra", "hydra-mean"]
     with pytest.raises(RunError, match="reduce hydra was run with tests=None, now tests='0-3'"):
-        hydra_pipe.reduce(run, tests="0-3")
-    assert hydra_pipe.reduce(run, tests="0-3", overwrite=True)
-    assert not hydra_pipe.reduce(run, tests="0,1,2,3")
+        hydra_pipe.reduce(run, tests="0-3", method="hydra")
+    assert hydra_pipe.reduce(run, tests="0-3", overwrite=True, method="hydra")
+    assert not hydra_pipe.reduce(run, tests="0,1,2,3", method="hydra")
 
 
 @pytest.mark.parametrize(
@@ -169,14 +169,14 @@ def test_what_cannot_be_is_wrong_usage(run: Path, options: dict[str, str], messa
 def test_means_by_label_need_labels(run: Path) -> None:
     shutil.rmtree(run / "gradients.zarr" / "labels")
     with pytest.raises(StoreError, match="labels/test is missing"):
-        hydra_pipe.reduce(run, by="label")
+        hydra_pipe.reduce(run, by="label", method="hydra")
     directory = RunDirectory.open(run)
     directory.stages[RECORD].facts["labels"] = {}
     directory.save(RECORD)
     with pytest.raises(
         UsageError, match=r"has no labels of test samples: take the mean of all with --mean"
     ):
-        hydra_pipe.reduce(run, by="label")
+        hydra_pipe.reduce(run, by="label", method="hydra")
 
 
 class InterruptedHereError(Exception):
@@ -196,7 +196,7 @@ def interrupted(run: Path, patch: pytest.MonkeyPatch, after: int) -> None:
 
         stop.setattr("hydra_pipe.reduction.solvers.sums.graphs", some)
         with pytest.raises(InterruptedHereError):
-            hydra_pipe.reduce(run)
+            hydra_pipe.reduce(run, method="hydra")
 
 
 @pytest.mark.parametrize("order", ["score first", "fold first"])
@@ -219,7 +219,7 @@ def test_the_same_call_goes_on_after_the_passes_that_are_done(
     # score first: test samples in twos, in chunks of all samples (of eight where there are such);
     # fold first: a chunk a pass
     assert len(written) == after
-    assert hydra_pipe.reduce(run)
+    assert hydra_pipe.reduce(run, method="hydra")
     assert relative_error(relevance(run), whole) < 1e-6
     assert {file: file.stat().st_mtime_ns for file in written} == written
     assert hydra_pipe.verify(run) == []
@@ -229,7 +229,7 @@ def test_other_settings_do_not_go_on(run: Path, monkeypatch: pytest.MonkeyPatch)
     planned(monkeypatch, order="score first", test_blocks=TWOS)
     interrupted(run, monkeypatch, 2)
     with pytest.raises(RunError, match="reduce hydra was run with tests=None, now tests='0-1'"):
-        hydra_pipe.reduce(run, tests="0-1")
+        hydra_pipe.reduce(run, tests="0-1", method="hydra")
 
 
 def test_what_is_no_longer_there_is_begun_anew(
@@ -238,7 +238,7 @@ def test_what_is_no_longer_there_is_begun_anew(
     planned(monkeypatch, order="score first", test_blocks=TWOS)
     interrupted(run, monkeypatch, 2)
     shutil.rmtree(run / "relevance.zarr")
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     assert relative_error(relevance(run), whole) < 1e-6
 
 
@@ -248,8 +248,8 @@ def test_what_was_begun_from_rows_is_begun_anew_from_what_was_kept_meanwhile(
     with monkeypatch.context() as patch:
         planned(patch, order="score first", test_blocks=TWOS)
         interrupted(run, patch, 2)
-    hydra_pipe.reduce(run, by="mean", keep_hypergradients=True)
-    assert hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, by="mean", keep_hypergradients=True, method="hydra")
+    assert hydra_pipe.reduce(run, method="hydra")
     assert (
         RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"]["order"]
         == "from hypergradients"
@@ -279,5 +279,5 @@ def test_what_goes_on_counts_with_the_memory_that_the_first_process_took(
     monkeypatch.setattr(
         "hydra_pipe.reduction.solvers.common.base_bytes", lambda resident: 2**28 + more
     )
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     assert bases == [2**28, 2**28 + taken, 2**28 + taken]

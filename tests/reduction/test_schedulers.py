@@ -203,10 +203,10 @@ def test_relevance_is_the_oracles_on_any_scheduler(
         in_order(monkeypatch, order)
     monkeypatch.chdir(recording.parent)
     progress = Counted()
-    hydra_pipe.reduce("run", scheduler=scheduler, progress=progress)
+    hydra_pipe.reduce("run", scheduler=scheduler, progress=progress, method="hydra")
     assert relative_error(read_relevance(recording), truth) < 1e-4
     assert progress.done == progress.total
-    assert not hydra_pipe.reduce("run", scheduler="127.0.0.1:1"), (
+    assert not hydra_pipe.reduce("run", scheduler="127.0.0.1:1", method="hydra"), (
         "where nothing is to do nothing is connected to"
     )
     assert scheduler != "processes" or workers_left() == []
@@ -220,7 +220,9 @@ def test_a_probe_is_answered_by_processes_as_in_this_one(
     hydra_pipe.probe("run", images(7, 3), name="late", pipeline=conv_pipeline())
     found = {}
     for scheduler in ("threads", "processes"):
-        assert hydra_pipe.reduce("run", probe="late", scheduler=scheduler, overwrite=True)
+        assert hydra_pipe.reduce(
+            "run", probe="late", scheduler=scheduler, overwrite=True, method="hydra"
+        )
         found[scheduler] = np.asarray(hydra_pipe.open_run("run").relevance("hydra-of-late"))
     assert np.abs(found["threads"]).max() > 0
     assert relative_error(found["processes"], found["threads"]) < 1e-6
@@ -250,7 +252,9 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
 
     def reduce() -> None:
         try:
-            hydra_pipe.reduce(recording, scheduler=two_workers.address, progress=progress)
+            hydra_pipe.reduce(
+                recording, scheduler=two_workers.address, progress=progress, method="hydra"
+            )
         except BaseException as error:  # noqa: BLE001 - of the thread
             failed.append(error)
 
@@ -305,7 +309,7 @@ def test_the_cluster_of_this_machine_is_stopped_after_an_error(
     monkeypatch.setattr(executors, "n_cores", lambda: 1)
     (recording / "gradients.zarr" / "gradient" / "c" / "0" / "0").write_bytes(b"rotten" * 100)
     with pytest.raises(hydra_pipe.HydraError, match="is not readable"):
-        hydra_pipe.reduce(recording, scheduler="processes")
+        hydra_pipe.reduce(recording, scheduler="processes", method="hydra")
     assert workers_left() == []
 
 
@@ -324,6 +328,8 @@ def test_an_interrupted_command_leaves_no_process_behind(recording: Path, tmp_pa
         "hydra_pipe.cli.app",
         "reduce",
         str(recording),
+        "--method",
+        "hydra",
         "--scheduler",
         "processes",
     ]
@@ -362,7 +368,7 @@ def test_a_scheduler_that_is_none_is_told(recording: Path, monkeypatch: pytest.M
         with pytest.raises(
             UsageError, match=f"--scheduler {text} is unknown: choose one of threads, processes"
         ):
-            hydra_pipe.reduce(recording, scheduler=text)
+            hydra_pipe.reduce(recording, scheduler=text, method="hydra")
     monkeypatch.setattr(distributed, "CONNECT_SECONDS", 0.5)
     told = refused(recording, "tcp://127.0.0.1:1")
     assert "the scheduler at tcp://127.0.0.1:1 does not answer within" in told
@@ -440,7 +446,7 @@ def test_the_address_of_a_worker_and_of_a_dashboard_are_told(
         UsageError,
         match=r"http://127\.0\.0\.1:8787 is a web address, such as a scheduler's dashboard",
     ):
-        hydra_pipe.reduce(recording, scheduler="http://127.0.0.1:8787")
+        hydra_pipe.reduce(recording, scheduler="http://127.0.0.1:8787", method="hydra")
 
 
 def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:

@@ -507,16 +507,16 @@ def test_what_it_cannot_do_is_refused(run: Path, tmp_path: Path) -> None:
             "--scheduler processes: hydra-exact trains again, in this process",
         ),
         ({"keep_hypergradients": True}, "--keep-hypergradients is for --method hydra"),
-        ({"chunks": "64x64"}, "--chunks is for --method hydra"),
+        ({"chunks": "64x64"}, "--chunks is for methods that read rows as they come"),
         ({"rank": 0}, "--rank 0: give 1 or more"),
         ({"rank": 2, "by": "label"}, "--rank: means by label are few columns already"),
     ):
         with pytest.raises(UsageError, match=message):
             hydra_pipe.reduce(run, method="hydra-exact", pipeline=conv_pipeline(), **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--rank is for --method hydra-fisher and hydra-exact"):
-        hydra_pipe.reduce(run, rank=2)
+        hydra_pipe.reduce(run, rank=2, method="hydra")
     with pytest.raises(UsageError, match="--pipeline is for --method hydra-exact"):
-        hydra_pipe.reduce(run, pipeline=conv_pipeline())
+        hydra_pipe.reduce(run, pipeline=conv_pipeline(), method="hydra")
     with pytest.raises(
         RunError, match=r"hydra-exact trains the pipeline again\. Build .* give it as"
     ):

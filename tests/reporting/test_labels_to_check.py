@@ -347,8 +347,8 @@ def test_a_loop_of_ones_own_without_tests_has_its_labels_checked(tmp_path: Path)
 
 def test_groups_of_tests_that_a_label_hurts_are_linked(run: Path) -> None:
     hydra_pipe.reduce(run, by="label")
-    hydra_pipe.report(run, method="hydra-by-label")
-    html = Doubts(run, "report-hydra-by-label.html").html
+    hydra_pipe.report(run, method="hydra-fisher-by-label")
+    html = Doubts(run, "report-hydra-fisher-by-label.html").html
     links = re.findall(r'<p class="hurts">[^\n]*?href="#([\w-]+)"', html)
     assert links
     for link in links:

@@ -320,23 +320,23 @@ def test_the_chosen_tests_are_shown_and_others_are_refused(run: Path) -> None:
 def test_means_have_a_page_of_their_own(run: Path) -> None:
     for by in ("label", "mean"):
         hydra_pipe.reduce(run, by=by)
-    hydra_pipe.report(run, method="hydra-by-label")
-    hydra_pipe.report(run, method="hydra-mean")
-    assert "Groups of test samples" in text_of(run, "report-hydra-by-label.html")
-    assert "all test samples" in text_of(run, "report-hydra-mean.html")
+    hydra_pipe.report(run, method="hydra-fisher-by-label")
+    hydra_pipe.report(run, method="hydra-fisher-mean")
+    assert "Groups of test samples" in text_of(run, "report-hydra-fisher-by-label.html")
+    assert "all test samples" in text_of(run, "report-hydra-fisher-mean.html")
     assert hydra_pipe.verify(run) == []
     with pytest.raises(UsageError, match="has means over test samples"):
-        hydra_pipe.report(run, method="hydra-mean", tests="0", overwrite=True)
+        hydra_pipe.report(run, method="hydra-fisher-mean", tests="0", overwrite=True)
 
 
 def test_a_result_that_is_computed_anew_takes_its_page_with_it(run: Path) -> None:
     hydra_pipe.reduce(run, by="mean")
-    for method in ("hydra", "hydra-mean"):
+    for method in ("hydra-fisher", "hydra-fisher-mean"):
         hydra_pipe.report(run, method=method)
     hydra_pipe.reduce(run, overwrite=True)
     assert not (run / "report.html").exists()
-    assert REPORT.of("hydra") not in RunDirectory.open(run).stages
-    assert (run / "report-hydra-mean.html").exists()
+    assert REPORT.of("hydra-fisher") not in RunDirectory.open(run).stages
+    assert (run / "report-hydra-fisher-mean.html").exists()
     hydra_pipe.record(conv_pipeline(), run, overwrite=True)
     assert not list(run.glob("report*"))
 
@@ -347,11 +347,15 @@ def test_verify_finds_a_changed_page_and_repair_forgets_it(run: Path) -> None:
     assert hydra_pipe.verify(run) == []
     (run / "report.html").write_text("<p>other")
     (fault,) = hydra_pipe.verify(run)
-    assert (fault.where, fault.stage) == ("report.html", REPORT.of("hydra"))
+    assert (fault.where, fault.stage) == ("report.html", REPORT.of("hydra-fisher"))
     assert "hydra-pipe report" in fault.what
     assert hydra_pipe.verify(run, repair=True) == []
     assert not (run / "report.html").exists()
-    assert set(RunDirectory.open(run).stages) == {RECORD, REDUCE.of("hydra"), EXPORT.of("hydra")}
+    assert set(RunDirectory.open(run).stages) == {
+        RECORD,
+        REDUCE.of("hydra-fisher"),
+        EXPORT.of("hydra-fisher"),
+    }
     assert hydra_pipe.report(run)
     (run / "report.html").unlink()
     assert [fault.found for fault in hydra_pipe.verify(run)] == ["is missing"]
@@ -360,12 +364,14 @@ def test_verify_finds_a_changed_page_and_repair_forgets_it(run: Path) -> None:
 def test_a_page_of_another_relevance_is_stale_and_goes_with_a_damaged_one(run: Path) -> None:
     hydra_pipe.report(run)
     directory = RunDirectory.open(run)
-    directory.stages[REPORT.of("hydra")].facts["of_reduce"] = "0" * 64
-    directory.save(REPORT.of("hydra"))
+    directory.stages[REPORT.of("hydra-fisher")].facts["of_reduce"] = "0" * 64
+    directory.save(REPORT.of("hydra-fisher"))
     (fault,) = hydra_pipe.verify(run)
     assert "is stale" in fault.found
     hydra_pipe.report(run, overwrite=True)
-    chunk = next(path for path in (run / "relevance.zarr/hydra/c").rglob("*") if path.is_file())
+    chunk = next(
+        path for path in (run / "relevance.zarr/hydra-fisher/c").rglob("*") if path.is_file()
+    )
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
     assert hydra_pipe.verify(run, repair=True) == []
     assert not (run / "report.html").exists()
@@ -384,7 +390,7 @@ def test_a_report_that_fails_leaves_the_page_that_was_there(
     with pytest.raises(OSError, match="No space"):
         hydra_pipe.report(run, overwrite=True)
     assert text_of(run) == before
-    assert RunDirectory.open(run).stages[REPORT.of("hydra")].state == "failed"
+    assert RunDirectory.open(run).stages[REPORT.of("hydra-fisher")].state == "failed"
     monkeypatch.undo()
     assert hydra_pipe.report(run)
     assert text_of(run) == before  # the same bytes for the same run
@@ -458,7 +464,7 @@ def test_a_pipeline_that_a_stranger_names_is_not_run(run: Path, tmp_path: Path) 
         with pytest.raises(RunError, match=f"{why}. hydra-pipe does not run such a file unasked"):
             pipeline_of(RunDirectory.open(run), None, "")
         with pytest.raises(RunError, match=f"{why}. hydra-pipe does not run such a file unasked"):
-            hydra_pipe.clean(run, lowest=3, retrain=True, method="hydra")
+            hydra_pipe.clean(run, lowest=3, retrain=True, method="hydra-fisher")
         hydra_pipe.report(run, overwrite=True)
         assert why in text_of(run)
     assert victim.exists()
@@ -500,7 +506,7 @@ def test_what_weakens_a_result_is_said() -> None:
         ({"projected": 3}, "3 of 4 parameters were recorded by random projection"),
         ({"method": "influence", "record": {"n_curved_rows": 4}}, "Of 5 of 9 recorded gradients"),
         ({"up_to_step": 120}, "first 120 steps"),
-        ({"rank": 20}, "Only 20 directions"),
+        ({"method": "hydra-exact", "rank": 20}, "Only 20 directions"),
         ({"unvisited": 2}, "2 of 9 training samples were in no recorded step"),
         ({"strange": 1}, "not a number"),
     ):
@@ -556,12 +562,12 @@ def test_the_command_says_where_the_page_is_and_what_is_missing(
 def test_whatever_a_manifest_says_of_itself_stays_text(run: Path) -> None:
     directory = RunDirectory.open(run)
     odd = "<script>\x1b[2J\u202e" + "x" * 5000
-    record, reduction = directory.stages[RECORD], directory.stages[REDUCE.of("hydra")]
+    record, reduction = directory.stages[RECORD], directory.stages[REDUCE.of("hydra-fisher")]
     record.facts |= {"worst_imbalance": odd, "n_curved_rows": [], "final_sha256": {}, "stalls": odd}
     record.settings |= {"pipeline": 7, odd: [odd, {odd: None}], "epochs": odd}
     reduction.facts |= {"curvature_left": [odd], "seconds": odd}
     directory.versions |= {odd: odd}
-    directory.save(RECORD, REDUCE.of("hydra"))
+    directory.save(RECORD, REDUCE.of("hydra-fisher"))
     hydra_pipe.report(run)
     html = text_of(run)
     assert html.count("<script>") == 1
@@ -589,12 +595,12 @@ def test_a_run_that_is_interrupted_while_it_is_cleared_is_cleared_of_its_reports
     hydra-pipe's own.
     """
     hydra_pipe.reduce(run, by="mean")
-    hydra_pipe.report(run, method="hydra-mean")
+    hydra_pipe.report(run, method="hydra-fisher-mean")
 
     with monkeypatch.context() as patch:
         patch.setattr("hydra_pipe.store.run.manifest.remove", killed_after(after))
         with pytest.raises(InterruptedError):
             RunDirectory.open(run).clear()
-    assert (run / "report-hydra-mean.html").exists() == (after == 0)
+    assert (run / "report-hydra-fisher-mean.html").exists() == (after == 0)
     RunDirectory.open(run).clear()
     assert not [path for path in run.rglob("*") if path.is_file()]

@@ -168,7 +168,11 @@ def use_every_control(page: Any) -> None:
 
 
 def check_download(page: Any, run: Path, tmp_path: Path) -> None:
-    table = pq.read_table(run / "rankings/method=hydra/samples.parquet").sort_by("rank").to_pydict()
+    table = (
+        pq.read_table(run / "rankings/method=hydra-fisher/samples.parquet")
+        .sort_by("rank")
+        .to_pydict()
+    )
     harmful = [
         i for i, total in zip(table["train_id"], table["relevance_sum"], strict=True) if total < 0
     ]

@@ -302,7 +302,7 @@ def test_a_pruned_run_still_tells_samples_and_losses(tmp_path: Path) -> None:
     run = tmp_path / "run"
     hydra_pipe.record(mlp_pipeline(), run)
     whole_run = hydra_pipe.open_run(run).rewind(3).samples.to_pandas().set_index("train_id")
-    hydra_pipe.reduce(run, keep_hypergradients=True)
+    hydra_pipe.reduce(run, keep_hypergradients=True, method="hydra")
     hydra_pipe.prune(run)
     found = hydra_pipe.open_run(run).rewind(3)
     table = found.samples.to_pandas().set_index("train_id").loc[whole_run.index]

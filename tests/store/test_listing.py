@@ -5,7 +5,6 @@ manifest lists.
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +78,8 @@ def everything(run: Path) -> None:
     probe(run, labels=True)
     for method in ("hydra", "tracin", "self"):
         hydra_pipe.reduce(run, method=method)
-    hydra_pipe.reduce(run, by="label", keep_hypergradients=True)
-    hydra_pipe.export(run, full=True)
+    hydra_pipe.reduce(run, by="label", keep_hypergradients=True, method="hydra")
+    hydra_pipe.export(run, full=True, method="hydra")
 
 
 def probe(run: Path, *, labels: bool, seed: int = 1) -> None:
@@ -129,14 +128,14 @@ def results(run: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for method in ("hydra", "tracin", "grad-dot", "self"):
         hydra_pipe.reduce(run, method=method)
-    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="mean", method="hydra")
     for name in RESULTS:
         relevance = hydra_pipe.open_run(run).relevance(name)
         found[name] = relevance.to_numpy().tobytes()
         found[f"coordinates of {name}"] = {
             key: value.to_numpy().tolist() for key, value in relevance.coords.items()
         }
-    hydra_pipe.export(run, full=True)
+    hydra_pipe.export(run, full=True, method="hydra")
     for file in sorted((run / "rankings/method=hydra").rglob("*.parquet")):
         found[str(file.relative_to(run))] = pq.ParquetFile(file).read().to_pylist()
     found["clean"] = hydra_pipe.clean(run, lowest=3, method="hydra").drop.to_pylist()
@@ -182,10 +181,9 @@ def test_each_stage_says_before_it_works_which_files_are_not_of_the_run(
     run = Path(shutil.copytree(made(pair)[0], tmp_path / "run"))
     strays = unlisted(RunDirectory.open(run))
     assert strays
-    by_relevance = partial(hydra_pipe.clean, method="hydra")
-    for stage in (hydra_pipe.reduce, hydra_pipe.export, by_relevance):
+    for stage in (hydra_pipe.reduce, hydra_pipe.export, hydra_pipe.clean):
         said = Said()
-        stage(run, progress=said)
+        stage(run, method="hydra", progress=said)
         assert said.lines[0].startswith(
             "not read, because run.json does not list them: gradients.zarr/"
         ), stage
@@ -200,9 +198,9 @@ def test_a_healthy_run_with_every_stage_has_nothing_that_is_not_listed(tmp_path:
     run = tmp_path / "run"
     everything(run)
     hydra_pipe.clean(run, lowest=2, method="hydra")
-    hydra_pipe.reduce(run, probe="some")
+    hydra_pipe.reduce(run, probe="some", method="hydra")
     said = Said()
-    hydra_pipe.export(run, probe="some", progress=said)
+    hydra_pipe.export(run, probe="some", progress=said, method="hydra")
     assert unlisted(RunDirectory.open(run)) == []
     assert not any("not read" in line for line in said.lines)
 
@@ -214,8 +212,8 @@ def test_labels_of_an_older_probe_are_not_those_of_one_without(tmp_path: Path) -
         probe(run, labels=labels)
     shutil.copytree(new, old, dirs_exist_ok=True)
     for run in (old, new):
-        hydra_pipe.reduce(run, probe="some")
-        hydra_pipe.export(run, probe="some")
+        hydra_pipe.reduce(run, probe="some", method="hydra")
+        hydra_pipe.export(run, probe="some", method="hydra")
     tables = [
         pq.ParquetFile(run / "rankings/method=hydra-of-some/part-00000.parquet").read().to_pylist()
         for run in (old, new)
@@ -257,7 +255,7 @@ def test_an_interrupted_recording_reads_no_labels_or_tests_but_its_own(tmp_path:
     recorder.state_dict()
     shutil.copytree(new, old, dirs_exist_ok=True)
     recorder.close()
-    hydra_pipe.reduce(old, up_to_step=2)
+    hydra_pipe.reduce(old, up_to_step=2, method="hydra")
     found = hydra_pipe.open_run(old)
     assert set(found.relevance("hydra-upto-2").coords) == {"sample", "test"}
     assert found.info()["recording"]["test_checkpoints"] == [2]
@@ -270,9 +268,9 @@ def test_without_its_list_a_recording_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(
         StoreError, match=r"checksums/record\.json is missing: .* verify .* --repair"
     ):
-        hydra_pipe.reduce(run)
+        hydra_pipe.reduce(run, method="hydra")
     hydra_pipe.verify(run, repair=True)
-    assert hydra_pipe.reduce(run)
+    assert hydra_pipe.reduce(run, method="hydra")
 
 
 def test_a_sweep_does_not_go_on_from_where_another_run_was(tmp_path: Path) -> None:
@@ -296,7 +294,7 @@ def test_retrainings_of_another_run_are_not_taken_for_this_ones() -> None:
 def test_a_table_of_retrainings_of_an_earlier_proposal_is_not_this_ones(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained(run, 2)
-    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra")
     assert hydra_pipe.clean(run, lowest=2, method="hydra").retraining == []
     place = run / "cleaning/method=hydra"
     shutil.copy(place / "drop.parquet", place / "retraining.parquet")

@@ -31,12 +31,12 @@ TINY = str(Path(__file__).parents[1] / "crash/tiny.py")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
     hydra_pipe.record(TINY, path, encoding="exact")
-    hydra_pipe.reduce(path, keep_hypergradients=True)
+    hydra_pipe.reduce(path, keep_hypergradients=True, method="hydra")
     hydra_pipe.probe(path, f"{TINY}:mistakes", name="wrong")
     hydra_pipe.reduce(path, probe="wrong", method="grad-dot")
-    hydra_pipe.export(path, full=True, top=5)
+    hydra_pipe.export(path, full=True, top=5, method="hydra")
     hydra_pipe.clean(path, lowest=4, method="hydra")
-    hydra_pipe.report(path)
+    hydra_pipe.report(path, method="hydra")
     hydra_pipe.evaluate(TINY, path, "smoothness")
     return path
 
@@ -45,8 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(run: Path) -> Path:
     """The run and another one, combined."""
     hydra_pipe.record(f"{TINY}:second", run.parent / "second", encoding="exact")
-    hydra_pipe.reduce(run.parent / "second")
-    hydra_pipe.combine([run, run.parent / "second"], run.parent / "together")
+    hydra_pipe.reduce(run.parent / "second", method="hydra")
+    hydra_pipe.combine([run, run.parent / "second"], run.parent / "together", method="hydra")
     return run.parent / "together"
 
 
@@ -96,7 +96,8 @@ def test_areas_are_those_of_the_format() -> None:
     areas = {stage: area for stage, _, area in stages_of_the_format()}
     assert {stage.kind for stage in areas} == {*KINDS}
     assert areas.pop(REPORT.of("METHOD")) == (
-        f"`{REPORT.of('METHOD').area}`; for the result `hydra`: `{REPORT.of('hydra').area}`"
+        f"`{REPORT.of('METHOD').area}`; for the result `hydra-fisher`: "
+        f"`{REPORT.of('hydra-fisher').area}`"
     )
     assert areas == {stage: f"`{stage.area}`" for stage in areas}
 

@@ -36,9 +36,9 @@ def pipeline(seed: int = 0):
     return conv_pipeline(epochs=2, seed=seed)
 """
 EVERYTHING = [
-    ["reduce", "RUN", "--keep-hypergradients"],
-    ["reduce", "RUN", "--by", "label", "--tests", "0-5"],
-    ["export", "RUN", "--top", "3", "--full"],
+    ["reduce", "RUN", "--method", "hydra", "--keep-hypergradients"],
+    ["reduce", "RUN", "--method", "hydra", "--by", "label", "--tests", "0-5"],
+    ["export", "RUN", "--method", "hydra", "--top", "3", "--full"],
     ["export", "RUN", "--method", "hydra-by-label"],
 ]
 RECORD, KEEP, REDUCE, EXPORT = "record", "keep hydra", "reduce hydra", "export hydra"
@@ -173,7 +173,7 @@ def changed_since(run: Path, other: Path) -> None:
 
 def stale_rankings(run: Path, other: Path) -> None:
     old = shutil.copytree(run, run.with_name("old"))
-    call(["reduce", "RUN", "--tests", "0-4", "--overwrite"], run)
+    call(["reduce", "RUN", "--method", "hydra", "--tests", "0-4", "--overwrite"], run)
     shutil.copytree(old / RANKINGS, run / RANKINGS)
     shutil.copy(old / checksums_file(EXPORT), run / "checksums")
     stages = json.loads((old / "run.json").read_text())["stages"]
@@ -201,10 +201,12 @@ ROWS, KEPT, RELEVANCE, RANKINGS = (
 STEPS, TEST = f"{ROWS}/steps", f"{ROWS}/test/0000000008"
 RECORD_AGAIN = "no relevance can be computed from this recording: record the run again"
 REDUCE_AGAIN = (
-    r"the relevance cannot be trusted: compute it again with hydra-pipe reduce \S+run --overwrite"
+    r"the relevance cannot be trusted: compute it again with hydra-pipe reduce \S+run "
+    r"--method hydra --overwrite"
 )
 BY_LABEL_AGAIN = (
-    r"compute it again with hydra-pipe reduce \S+run --by label --tests 0-5 --overwrite"
+    r"compute it again with hydra-pipe reduce \S+run --by label --tests 0-5 --method hydra "
+    r"--overwrite"
 )
 EXPORT_AGAIN = (
     r"the rankings cannot be trusted: write them again with hydra-pipe export \S+run --full "
@@ -212,7 +214,7 @@ EXPORT_AGAIN = (
 )
 KEEP_AGAIN = (
     r"no test samples can be answered .* keep it again with hydra-pipe reduce \S+run "
-    r"--keep-hypergradients --overwrite"
+    r"--method hydra --keep-hypergradients --overwrite"
 )
 AGAIN = {RECORD: RECORD_AGAIN, KEEP: KEEP_AGAIN, REDUCE: REDUCE_AGAIN, EXPORT: EXPORT_AGAIN}
 OLDER = "is not what was written"
@@ -653,50 +655,91 @@ def test_damage_is_found_with_file_and_consequence_and_repaired(
 HEALTHY: dict[str, tuple[dict[str, object], list[list[str]]]] = {
     "recorded only": ({}, []),
     "exact": ({"encoding": "exact"}, EVERYTHING[:1]),
-    "exact, int8": ({"encoding": "exact", "dtype": "int8"}, [["reduce", "RUN"], ["export", "RUN"]]),
+    "exact, int8": (
+        {"encoding": "exact", "dtype": "int8"},
+        [["reduce", "RUN", "--method", "hydra"], ["export", "RUN", "--method", "hydra"]],
+    ),
     "exact, float32": (
         {"encoding": "exact", "dtype": "float32"},
-        [["reduce", "RUN"], ["export", "RUN", "--full"]],
+        [["reduce", "RUN", "--method", "hydra"], ["export", "RUN", "--method", "hydra", "--full"]],
     ),
-    "projected": ({"encoding": "projected", "dim": 32}, [["reduce", "RUN"], ["export", "RUN"]]),
+    "projected": (
+        {"encoding": "projected", "dim": 32},
+        [["reduce", "RUN", "--method", "hydra"], ["export", "RUN", "--method", "hydra"]],
+    ),
     "projected, float32": ({"encoding": "projected", "dim": 20, "dtype": "float32"}, EVERYTHING),
-    "auto, narrow": ({"dim": 64}, [["reduce", "RUN", "--keep-hypergradients"]]),
-    "auto, float16": ({"dtype": "float16"}, [["reduce", "RUN"]]),
+    "auto, narrow": (
+        {"dim": 64},
+        [["reduce", "RUN", "--method", "hydra", "--keep-hypergradients"]],
+    ),
+    "auto, float16": ({"dtype": "float16"}, [["reduce", "RUN", "--method", "hydra"]]),
     "by label": (
         {},
-        [["reduce", "RUN", "--by", "label"], ["export", "RUN", "--method", "hydra-by-label"]],
+        [
+            ["reduce", "RUN", "--method", "hydra", "--by", "label"],
+            ["export", "RUN", "--method", "hydra-by-label"],
+        ],
     ),
     "mean": (
         {},
-        [["reduce", "RUN", "--mean"], ["export", "RUN", "--method", "hydra-mean", "--full"]],
+        [
+            ["reduce", "RUN", "--method", "hydra", "--mean"],
+            ["export", "RUN", "--method", "hydra-mean", "--full"],
+        ],
     ),
-    "some tests": ({}, [["reduce", "RUN", "--tests", "0-2,5"], ["export", "RUN", "--top", "1"]]),
-    "all results": ({}, [*EVERYTHING, ["reduce", "RUN", "--mean"]]),
-    "kept": ({}, [["reduce", "RUN", "--keep-hypergradients"]]),
+    "some tests": (
+        {},
+        [
+            ["reduce", "RUN", "--method", "hydra", "--tests", "0-2,5"],
+            ["export", "RUN", "--method", "hydra", "--top", "1"],
+        ],
+    ),
+    "all results": ({}, [*EVERYTHING, ["reduce", "RUN", "--method", "hydra", "--mean"]]),
+    "kept": ({}, [["reduce", "RUN", "--method", "hydra", "--keep-hypergradients"]]),
     "kept later": (
         {},
-        [["reduce", "RUN"], ["export", "RUN"], ["reduce", "RUN", "--keep-hypergradients"]],
+        [
+            ["reduce", "RUN", "--method", "hydra"],
+            ["export", "RUN", "--method", "hydra"],
+            ["reduce", "RUN", "--method", "hydra", "--keep-hypergradients"],
+        ],
     ),
-    "pruned": ({}, [["reduce", "RUN", "--keep-hypergradients"], ["prune", "RUN"]]),
+    "pruned": (
+        {},
+        [["reduce", "RUN", "--method", "hydra", "--keep-hypergradients"], ["prune", "RUN"]],
+    ),
     "pruned, and reduced again": (
         {"encoding": "exact"},
         [
             *EVERYTHING[:1],
             ["prune", "RUN"],
-            ["reduce", "RUN", "--tests", "1-3", "--overwrite"],
-            ["export", "RUN"],
+            ["reduce", "RUN", "--method", "hydra", "--tests", "1-3", "--overwrite"],
+            ["export", "RUN", "--method", "hydra"],
         ],
     ),
-    "reduced again": ({}, [["reduce", "RUN"], ["export", "RUN"], ["reduce", "RUN", "--overwrite"]]),
+    "reduced again": (
+        {},
+        [
+            ["reduce", "RUN", "--method", "hydra"],
+            ["export", "RUN", "--method", "hydra"],
+            ["reduce", "RUN", "--method", "hydra", "--overwrite"],
+        ],
+    ),
     "exported again": (
         {},
         [
-            ["reduce", "RUN"],
-            ["export", "RUN", "--full"],
-            ["export", "RUN", "--top", "2", "--overwrite"],
+            ["reduce", "RUN", "--method", "hydra"],
+            ["export", "RUN", "--method", "hydra", "--full"],
+            ["export", "RUN", "--method", "hydra", "--top", "2", "--overwrite"],
         ],
     ),
-    "in one thread": ({}, [["reduce", "RUN", "--scheduler", "synchronous"], ["export", "RUN"]]),
+    "in one thread": (
+        {},
+        [
+            ["reduce", "RUN", "--method", "hydra", "--scheduler", "synchronous"],
+            ["export", "RUN", "--method", "hydra"],
+        ],
+    ),
 }
 
 
@@ -735,8 +778,8 @@ def test_no_fault_is_invented_in_a_loop_of_ones_own(
         recorder.label_samples(labels * 13 + labels[:1])
     recorder.close()
     run = tmp_path / "run"
-    call(["reduce", "RUN"], run)
-    call(["export", "RUN"], run)
+    call(["reduce", "RUN", "--method", "hydra"], run)
+    call(["export", "RUN", "--method", "hydra"], run)
     assert hydra_pipe.verify(run) == []
 
 

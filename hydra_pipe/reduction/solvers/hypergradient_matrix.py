@@ -264,9 +264,9 @@ class FromSamples(Direction[ForwardSweep]):
         """See `Direction`."""
         return rows_of_steps[:n_steps]
 
-    def steps(self, store: Gradients, n_taken: int) -> Stream[StepRows]:
+    def steps(self, store: Gradients, n_taken: int, rows_at_once: int) -> Stream[StepRows]:
         """See `Direction`."""
-        return forward(store, n_taken)
+        return forward(store, n_taken, rows_at_once)
 
     def write(self, array: Array, columns: Span, sweep: ForwardSweep) -> None:
         """See `Direction`."""

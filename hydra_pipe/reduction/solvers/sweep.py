@@ -15,6 +15,7 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
+from hydra_pipe.plan.sums import parse_chunks
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
@@ -69,9 +70,14 @@ class Sweep(ReadingSolver[SweepPlan]):
 def sweep_input(request: ReductionRequest, given: ReductionInput) -> SweepInput:
     """Return the sizes of a sweep of the columns of a request."""
     most_rows = int(request.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
+    chunks = parse_chunks(request.options.chunks)
+    # whole rows, in whole stored chunks and at most a file at once
+    asked = given.shard_rows if chunks is None else chunks[0]
+    decoded = min(-(-asked // given.chunk_rows) * given.chunk_rows, given.shard_rows)
     return SweepInput(
         given,
         request.gradients.layout.whole_width,
+        decoded,
         most_rows,
         given.n_samples,
         preconditioned=request.gradients.preconditioned,
@@ -128,7 +134,7 @@ class Direction(ABC, Generic[R]):
         """
 
     @abstractmethod
-    def steps(self, store: Gradients, n_taken: int) -> Stream[StepRows]:
+    def steps(self, store: Gradients, n_taken: int, rows_at_once: int) -> Stream[StepRows]:
         """Stream the rows of the steps that are left, in the order of the sweep.
 
         Close the stream after use.
@@ -146,9 +152,9 @@ class Backward(Direction[BackwardSweep]):
         """See `Direction`."""
         return rows_of_steps[len(rows_of_steps) - n_steps :]
 
-    def steps(self, store: Gradients, n_taken: int) -> Stream[StepRows]:
+    def steps(self, store: Gradients, n_taken: int, rows_at_once: int) -> Stream[StepRows]:
         """See `Direction`."""
-        return backward(store, store.n_steps - n_taken)
+        return backward(store, store.n_steps - n_taken, rows_at_once)
 
     def write(self, array: Array, columns: Span, sweep: BackwardSweep) -> None:
         """See `Direction`."""
@@ -246,7 +252,7 @@ def sweep_columns(
     pace, taken = SaveInterval(), sweep.n_steps
     if taken:
         count_rows(int(direction.taken(store.rows_of_steps()[1].sum(axis=1), taken).sum()))
-    with closing(direction.steps(store, taken)) as steps:
+    with closing(direction.steps(store, taken, job.plan.reading.rows)) as steps:
         for rows in steps:
             check_within(rows.sample, job.n_samples, f"samples of {store.path}")
             _step(running, rows, scales[rows.step])

@@ -10,7 +10,7 @@ BY_LABEL, MEAN = "label", "mean"
 GROUPINGS = (BY_LABEL, MEAN)
 # The method of each training sample's relevance for itself: one column, without test samples.
 ITSELF = "self"
-DEFAULT_METHOD: Final = "hydra"
+DEFAULT_METHOD: Final = "hydra-fisher"
 # Rank that leaves nothing out: a sweep over all features.
 FULL: Final = "full"
 Rank = int | Literal["full"]
