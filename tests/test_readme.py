@@ -116,6 +116,7 @@ def test_every_command_and_option_has_help_with_an_example() -> None:
         "run",
         "probe",
         "clean",
+        "combine",
         "evaluate",
         "rewind",
         "info",
