@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import suggested
+from hydra_pipe.plan.records import spans
 from hydra_pipe.types import Span
 from hydra_pipe.units import format_bytes
 
@@ -57,12 +58,9 @@ class CombiningPlan:
     read_bytes: int
     written_bytes: int
 
-    def blocks(self, done: int) -> list[Span]:
+    def blocks(self, done: int) -> tuple[Span, ...]:
         """Return the columns of each block that is left after the first `done` columns."""
-        return [
-            (first, min(first + self.width, self.n_columns))
-            for first in range(done, self.n_columns, self.width)
-        ]
+        return spans(done, self.n_columns, self.width)
 
 
 def plan_combining(what: CombiningInput) -> CombiningPlan:
