@@ -19,7 +19,7 @@ from hydra_pipe.plan.basis_sweep import (
     BasisSweepPlan,
     plan_basis_sweep,
 )
-from hydra_pipe.plan.id_ranges import cut
+from hydra_pipe.plan.id_ranges import cut, size_of
 from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.plan.sweep import SweepPlan
 from hydra_pipe.reduction.basis import Basis, Rotated, fitted
@@ -174,9 +174,7 @@ def find_basis(job: ReductionJob[BasisSweepPlan]) -> InBasis:
     basis = None if kept is None else Basis.of_state(parts, preconditioner, *kept)
     if basis is None:
         tests = [
-            span
-            for run in spread(sum(last - first for first, last in job.tests), BASIS_TESTS)
-            for span in cut(job.tests, *run)
+            span for run in spread(size_of(job.tests), BASIS_TESTS) for span in cut(job.tests, *run)
         ]
         n_features = store.layout.n_features
         groups = [
