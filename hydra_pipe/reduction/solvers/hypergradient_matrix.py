@@ -36,9 +36,9 @@ from hydra_pipe.reduction.solvers.sweep import (
     OverFeatures,
     Running,
     Sweep,
+    course_of,
     expansion_of,
     graphs,
-    series_spans,
     sweep_input,
 )
 from hydra_pipe.reduction.steps import StepRows, forward
@@ -256,9 +256,8 @@ class FromSamples(Direction[ForwardSweep]):
     ) -> Running[ForwardSweep]:
         """See `Direction`."""
         expansion = expansion_of(job, store)
-        schedule, series = store.schedules()
-        spans = series_spans(expansion.spans, series)
-        return Running(ForwardSweep(columns, expansion.width, schedule, spans), expansion)
+        course = course_of(store, expansion)
+        return Running(ForwardSweep(columns, expansion.width, *course), expansion)
 
     def taken(self, rows_of_steps: I64, n_steps: int) -> I64:
         """See `Direction`."""

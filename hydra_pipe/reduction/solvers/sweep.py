@@ -5,7 +5,7 @@ feeds rows to it, saves its state from time to time, and writes its result.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
+from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.plan.sums import parse_chunks
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
@@ -179,9 +180,8 @@ class OverFeatures(Backward):
         """See `Direction`."""
         expansion = expansion_of(job, store)
         starts = self.starts(job, store, expansion, columns)
-        schedule, series = store.schedules()
-        spans = series_spans(expansion.spans, series)
-        return Running(BackwardSweep(starts, schedule, spans, job.n_samples), expansion)
+        course = course_of(store, expansion)
+        return Running(BackwardSweep(starts, *course, job.n_samples), expansion)
 
 
 class FromTests(OverFeatures):
@@ -197,6 +197,12 @@ class FromTests(OverFeatures):
 def expansion_of(job: ReductionJob[Any], store: Gradients) -> Expansion:
     """Return the features of a sweep over all of them."""
     return Expansion(store.layout, job.preconditioner(store))
+
+
+def course_of(store: Gradients, expansion: Expansion) -> tuple[Schedule, list[SeriesSpan]]:
+    """Return the settings of every step, and the spans of features that follow each series."""
+    schedule, series = store.schedules()
+    return schedule, _merged(expansion, series)
 
 
 def graphs(
@@ -272,15 +278,10 @@ def _step(running: Running[Any], rows: StepRows, scale: float) -> None:
     running.take(rows, rows.scale * np.float32(scale), count)
 
 
-def series_spans(spans: Sequence[SeriesSpan], series: NDArray[np.int64]) -> list[SeriesSpan]:
-    """Join neighbouring features that follow the same series into one span.
-
-    Args:
-        spans: the first feature of each block, one past its last, and the block.
-        series: series of each block, shape (block,), int64.
-    """
+def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]:
+    """Join neighbouring features that follow the same series into one span."""
     merged: list[SeriesSpan] = []
-    for first, last, block in spans:
+    for first, last, block in expansion.spans:
         own = int(series[block])
         if merged and merged[-1][2] == own:
             merged[-1] = (merged[-1][0], last, own)
