@@ -40,7 +40,7 @@ def test_they_come_with_a_later_reduce_and_go_with_the_relevance(tmp_path: Path)
     assert found.retraining == before.retraining
     again = hydra_pipe.clean(run, lowest=6, retrain=True, pipeline=small())
     assert not again.is_new, "retrainings stay what they were"
-    hydra_pipe.reduce(run, method="hydra")
+    hydra_pipe.reduce(run)
     assert hydra_pipe.clean(run, lowest=6).summary["hurts"]["method"] == "hydra-fisher"
     assert hydra_pipe.verify(run) == []
 
