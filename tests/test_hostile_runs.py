@@ -29,6 +29,8 @@ from hydra_pipe.store.zarr.codec import checksum
 
 Recorded = Callable[..., Path]
 KINDS = ["rows", "kept"]
+# Changes at random, some 0.1 s each. `python tests/hostile_reader.py RUN random 4000` tries more.
+N_DAMAGES = 120
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def read_by_another_process(run: Path, which: str, n: int) -> None:
 def test_any_damage_of_any_json_ends_in_a_result_or_an_error_of_ours(
     finished: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    read_by_another_process(shutil.copytree(finished[kind], tmp_path / "run"), "random", 400)
+    read_by_another_process(shutil.copytree(finished[kind], tmp_path / "run"), "random", N_DAMAGES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +103,7 @@ def test_files_that_lie_in_agreement_are_refused_at_once(
 
 
 def test_what_was_made_of_a_probe_is_read_with_the_same_care(probed: Path, tmp_path: Path) -> None:
-    read_by_another_process(shutil.copytree(probed, tmp_path / "run"), "both", 50)
+    read_by_another_process(shutil.copytree(probed, tmp_path / "run"), "both", N_DAMAGES // 4)
 
 
 def put(array: Path, place: int, value: int) -> None:

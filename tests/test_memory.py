@@ -95,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             hydra_pipe.record(PIPELINE, path, dim=64)
             return path
         if name == "large":  # 260 MiB
-            return made_up(path, 3000, 90_000, 600, 1500, 1000)
+            return made_up(path, 3000, 90_000, 600, 1500, 200)
         # larger: 340 MiB, 115 on the disk; more features than samples
         return made_up(path, 2000, 60_000, 64, 3000, 100, checkpoints=3, n_random=1000)
 
