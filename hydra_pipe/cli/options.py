@@ -229,7 +229,8 @@ Repair = Annotated[
 Kind = Annotated[
     str,
     typer.Argument(
-        metavar="KIND", help="loo, lds, noise, smoothness or approximation (docs/evaluating.md)"
+        metavar="KIND",
+        help="loo, lds, qld, subset, noise, smoothness or approximation (docs/evaluating.md)",
     ),
 ]
 Samples = Annotated[
@@ -240,13 +241,13 @@ Samples = Annotated[
     ),
 ]
 Retrainings = Annotated[
-    int | None, typer.Option(help="lds: number of random halves to train on; default: 100")
+    int | None, typer.Option(help="lds: number of random subsets to train on; default: 100")
 ]
 Seeds = Annotated[
     int | None,
     typer.Option(
-        help="lds: number of initial weights and orders to train each half from, the run's own and "
-        "others, each with a score; default: 1"
+        help="lds, qld: number of initial weights and orders to train each subset from, the run's "
+        "own and others; lds scores both; default: 1"
     ),
 ]
 Methods = Annotated[
@@ -254,8 +255,8 @@ Methods = Annotated[
     typer.Option(
         metavar="NAMES",
         help=(
-            "loo, lds, noise: methods to score, such as hydra,hydra-fisher; default: all that were "
-            "reduced"
+            "loo, lds, qld, subset, noise: methods to score, such as hydra,hydra-fisher; default: "
+            "all that were reduced"
         ),
     ),
 ]
@@ -265,6 +266,31 @@ LeftOut = Annotated[
         metavar="SHARES",
         help="noise: shares of the number of wrong labels to train without; 0: none; default: "
         "0.5,1,2",
+    ),
+]
+Drop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="share of the training samples to leave out: lds: at random, default 0.5; qld: the "
+        "most helpful, the most harmful, default 0.01; subset: at most, default 0.2",
+    ),
+]
+Queries = Annotated[
+    str | None,
+    typer.Option(
+        "--tests",
+        metavar="SELECTION",
+        help="qld, subset: test samples to ask about, such as 0-99,150; default: the first 20; "
+        "subset: the first 20 that are predicted right",
+    ),
+]
+QueriesBy = Annotated[
+    str | None,
+    typer.Option(
+        "--by",
+        metavar="label|mean",
+        help="qld: ask about the mean loss of each label's test samples, or of all",
     ),
 ]
 CleanMethod = Annotated[

@@ -69,7 +69,9 @@ class Approximation(Evaluator):
         spearman         correlation over samples, mean over columns
     """
 
-    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+    def scored(
+        self, subject: Subject, methods: str | None, settings: Mapping[str, Any]
+    ) -> Mapping[str, Relevance]:
         """Return both results of each pair, by name.
 
         Raises:

@@ -47,8 +47,15 @@ class Evaluator(ABC):
         return {}
 
     @abstractmethod
-    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+    def scored(
+        self, subject: Subject, methods: str | None, settings: Mapping[str, Any]
+    ) -> Mapping[str, Relevance]:
         """Return the relevance that the results depend on, by name.
+
+        Args:
+            subject: run and pipeline.
+            methods: names of relevance arrays; None: all that the kind can use.
+            settings: the kind's own, as `settings` gave them.
 
         Raises:
             HydraError: something is missing that the kind cannot do without.

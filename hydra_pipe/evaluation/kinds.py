@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hydra_pipe.errors import UsageError
+from hydra_pipe.errors import UsageError, shown
+from hydra_pipe.store.run.results import GROUPINGS
 
 if TYPE_CHECKING:
     from hydra_pipe.evaluation.evaluator import Evaluator
@@ -20,10 +21,13 @@ class Options:
 
     Args:
         samples: ids of the samples to leave out, such as "0-99,150".
-        retrainings: number of random halves to train on.
-        seeds: number of initial weights and orders for each half.
+        retrainings: number of random subsets to train on.
+        seeds: number of initial weights and orders for each training set.
         methods: names of relevance arrays with commas between them.
         left_out: numbers of samples to leave out, as shares of the number of wrong labels.
+        drop: share of the training samples to leave out, or the largest share.
+        tests: ids of the test samples to ask about, such as "0-99,150".
+        by: grouping of the test samples to ask about, "label" or "mean".
     """
 
     samples: str | None = None
@@ -31,6 +35,9 @@ class Options:
     seeds: int | None = None
     methods: str | None = None
     left_out: str | None = None
+    drop: float | None = None
+    tests: str | None = None
+    by: str | None = None
 
     def given(self) -> Iterator[tuple[str, Any]]:
         """Yield the name and the value of each option that is not None."""
@@ -58,7 +65,7 @@ class Kind:
         """Refuse options that the kind does not take.
 
         Raises:
-            UsageError: an option of another kind is given, or a number is too small.
+            UsageError: an option of another kind is given, or a value is not possible.
         """
         for name, value in options.given():
             if name not in self.options:
@@ -69,6 +76,13 @@ class Kind:
                 )
             if name in _LEAST and value < _LEAST[name]:
                 raise UsageError(f"--{name} {value}: give {_LEAST[name]} or more")
+        if options.drop is not None and not 0.0 < options.drop < 1.0:
+            raise UsageError(
+                f"--drop {options.drop:g}: give a share of the training samples between 0 and 1, "
+                "such as 0.01"
+            )
+        if options.by is not None and options.by not in GROUPINGS:
+            raise UsageError(f"--by {shown(options.by)}: give {' or '.join(GROUPINGS)}")
 
     def load(self) -> "Evaluator":
         """Import torch and the class that does the work."""
@@ -82,8 +96,16 @@ KINDS = {
     for kind in (
         Kind("loo", ("samples", "methods"), "hydra_pipe.evaluation.loo:LeaveOneOut"),
         Kind(
-            "lds", ("retrainings", "seeds", "methods"), "hydra_pipe.evaluation.lds:DatamodelScore"
+            "lds",
+            ("retrainings", "seeds", "methods", "drop"),
+            "hydra_pipe.evaluation.lds:DatamodelScore",
         ),
+        Kind(
+            "qld",
+            ("seeds", "methods", "drop", "tests", "by"),
+            "hydra_pipe.evaluation.qld:QueryLoss",
+        ),
+        Kind("subset", ("methods", "drop", "tests"), "hydra_pipe.evaluation.subset:SmallestSubset"),
         Kind("noise", ("methods", "left_out"), "hydra_pipe.evaluation.noise:WrongLabels"),
         Kind("smoothness", (), "hydra_pipe.evaluation.smoothness:Smoothness"),
         Kind("approximation", (), "hydra_pipe.evaluation.approximation:Approximation"),

@@ -52,7 +52,9 @@ class LeaveOneOut(Evaluator):
             )
         return {"samples": write_selection(spans)}
 
-    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+    def scored(
+        self, subject: Subject, methods: str | None, settings: Mapping[str, Any]
+    ) -> Mapping[str, Relevance]:
         """Return relevance for each test sample, or nothing if none was computed."""
         return subject.relevance(methods)
 

@@ -17,7 +17,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.retrainer import HIT
 from hydra_pipe.retraining.subject import Relevance, Subject
-from hydra_pipe.store.run.results import ITSELF
+from hydra_pipe.store.run.results import ITSELF, MEAN
 
 # Shares of the number of wrong labels: how many samples to look at for precision, and how many
 # to leave out before training again.
@@ -25,6 +25,8 @@ LOOKED_AT = (0.1, 0.5, 1.0)
 LEFT_OUT = (0.5, 1.0, 2.0)
 # Number of random choices whose accuracy is averaged.
 RANDOM_DRAWS = 3
+# Groupings of results that are ranked beside those of each test sample.
+_ALSO = (MEAN, ITSELF)
 RANDOM, WRONG = "(random)", "(the wrong ones)"
 _SEED = 0x6E6F69
 
@@ -118,14 +120,16 @@ class WrongLabels(Evaluator):
         parse_left_out(options.left_out)
         return {"left_out": options.left_out}
 
-    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+    def scored(
+        self, subject: Subject, methods: str | None, settings: Mapping[str, Any]
+    ) -> Mapping[str, Relevance]:
         """Return relevance for each test sample, or as a mean.
 
         Raises:
             PipelineError: any error of `wrong_labels`.
         """
         wrong_labels(subject)
-        return subject.required_relevance(methods, means=True)
+        return subject.required_relevance(methods, _ALSO)
 
     def evaluate(self, request: EvaluationRequest) -> Result:
         """Score every ranking, and train without its first samples; see the class."""
@@ -133,8 +137,7 @@ class WrongLabels(Evaluator):
         wrong = wrong_labels(subject)
         n_wrong = int(wrong.sum())
         orders = [
-            order_of(found)
-            for found in subject.required_relevance(request.methods, means=True).values()
+            order_of(found) for found in subject.required_relevance(request.methods, _ALSO).values()
         ]
         says = [
             f"{n_wrong:,} of {len(wrong):,} labels are wrong; rankings: mean relevance over "
@@ -156,7 +159,9 @@ class WrongLabels(Evaluator):
             everything[0].first[:0],
             *(order.first[:size] for order in everything for size in sizes),
         ]
-        job = Retraining.without(without, subject.n_samples, (subject.pipeline.seed,))
+        job = Retraining.without(
+            len(without), without.__getitem__, subject.n_samples, (subject.pipeline.seed,)
+        )
         hits = retrain(subject, job, request.retrained, request.memory, request.progress)[
             0, :, HIT
         ].mean(axis=1)

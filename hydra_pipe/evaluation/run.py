@@ -62,6 +62,9 @@ def evaluate_run(
     seeds: int | None = None,
     methods: str | None = None,
     left_out: str | None = None,
+    drop: float | None = None,
+    tests: str | None = None,
+    by: str | None = None,
     memory: str = "4GiB",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -76,17 +79,25 @@ def evaluate_run(
         pipeline: pipeline of the run: "path/to/file.py", "path/to/file.py:function", or a
             Pipeline as it was before training.
         run: directory of the run.
-        kind: "loo", "lds", "noise", "smoothness" or "approximation".
+        kind: "loo", "lds", "qld", "subset", "noise", "smoothness" or "approximation".
         settings: settings of the pipeline function, the same as were recorded.
         samples: for "loo": ids of the samples to leave out, such as "0-99,150". Default: the
             first 1,000.
-        retrainings: for "lds": number of random halves to train on. Default: 100.
-        seeds: for "lds": number of initial weights and orders for each half. Default: 1.
-        methods: for "loo", "lds" and "noise": names of relevance arrays with commas between
-            them. Default: all that are there.
+        retrainings: for "lds": number of random subsets to train on. Default: 100.
+        seeds: for "lds" and "qld": number of initial weights and orders for each subset.
+            Default: 1.
+        methods: for "loo", "lds", "qld", "subset" and "noise": names of relevance arrays with
+            commas between them. Default: all that are there.
         left_out: for "noise": numbers of samples to leave out before training again, as shares
             of the number of wrong labels with commas between them, such as "1". "0" trains
             nothing. Default: "0.5,1,2".
+        drop: share of the training samples to leave out. For "lds": at random, default 0.5. For
+            "qld": the most helpful, and the most harmful, default 0.01. For "subset": the largest
+            share to try, default 0.2.
+        tests: for "qld" and "subset": ids of the test samples to ask about, such as "0-99,150".
+            Default: the first 20, for "subset" the first 20 that are predicted right.
+        by: for "qld": "label" to ask about the mean loss of each label's test samples, "mean" for
+            the mean loss of all test samples.
         memory: budget of this process.
         overwrite: discard the results that an earlier call of this kind left.
         progress: place to show progress. Default: nowhere.
@@ -102,7 +113,7 @@ def evaluate_run(
             run.
         UsageError: the kind does not take an option, or a value is not possible.
     """
-    options = Options(samples, retrainings, seeds, methods, left_out)
+    options = Options(samples, retrainings, seeds, methods, left_out, drop, tests, by)
     wanted = kind_of(kind)
     wanted.check(options)
     parse_bytes(memory)
@@ -119,7 +130,7 @@ def evaluate_run(
     stage = EVALUATE.of(kind)
     with alone(directory, stage):
         scored = {
-            name: found.checksums for name, found in evaluator.scored(subject, methods).items()
+            name: found.checksums for name, found in evaluator.scored(subject, methods, own).items()
         }
         place = directory.path / stage.area
         check_stages(directory.path, stage)  # before anything is discarded

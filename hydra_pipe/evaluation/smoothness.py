@@ -59,7 +59,9 @@ class Smoothness(Evaluator):
     samples can reach, whatever the method.
     """
 
-    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+    def scored(
+        self, subject: Subject, methods: str | None, settings: Mapping[str, Any]
+    ) -> Mapping[str, Relevance]:
         """Return nothing, because no relevance is looked at."""
         return {}
 

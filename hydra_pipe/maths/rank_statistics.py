@@ -61,6 +61,20 @@ def bootstrap_interval(per_test: NDArray[np.floating]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def median_interval(per_test: NDArray[np.floating]) -> tuple[float, float]:
+    """Return bounds that hold 95 % of the medians of resampled test samples.
+
+    The draws are those of `bootstrap_interval`.
+
+    Args:
+        per_test: values, shape (test,). Values without a bound are infinite.
+    """
+    draws = np.random.default_rng(0).integers(0, len(per_test), (_DRAWS, len(per_test)))
+    medians = np.sort(np.median(per_test[draws], axis=1))
+    # Bounds are medians of draws: between two of them, one infinite, there is no number.
+    return float(medians[round(0.025 * _DRAWS)]), float(medians[round(0.975 * _DRAWS) - 1])
+
+
 def crossed_intervals(values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return bounds that hold 95 % of the means over resampled seeds and resampled test samples.
 

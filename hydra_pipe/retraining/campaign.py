@@ -4,8 +4,9 @@ Results are kept as they finish, so the same call resumes after an interruption.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import log2
 
 import numpy as np
@@ -50,17 +51,29 @@ class Retraining:
 
     @classmethod
     def without(
-        cls, left_out: Sequence[NDArray[np.int64]], n_samples: int, seeds: tuple[int, ...]
+        cls,
+        n: int,
+        left_out: Callable[[int], NDArray[np.int64]],
+        n_samples: int,
+        seeds: tuple[int, ...],
     ) -> "Retraining":
-        """Return retrainings that each leave out the ids in one array of `left_out`."""
+        """Return retrainings that each leave out some samples.
+
+        Args:
+            n: number of retrainings for each seed.
+            left_out: function from the number of a retraining, counted over all seeds, to the ids
+                of the samples that it leaves out.
+            n_samples: number of samples.
+            seeds: seeds of the retrainings.
+        """
 
         def weights(first: int, end: int) -> NDArray[np.float32]:
             found = np.ones((end - first, n_samples), np.float32)
-            for row, ids in zip(found, left_out[first:end], strict=True):
-                row[ids] = 0.0
+            for row, number in zip(found, range(first, end), strict=True):
+                row[left_out(number)] = 0.0
             return found
 
-        return cls(len(left_out), weights, seeds, "weights")
+        return cls(n, weights, seeds, "weights")
 
     def stacks(self, most: int) -> list[Span]:
         """Return the first retraining and the end of each stack, counted over all seeds.
@@ -98,6 +111,9 @@ class Stack:
     seed: int
 
 
+_Done = dict[Span, tuple[str, NDArray[np.float64]]]
+
+
 def retrain(
     subject: Subject,
     job: Retraining,
@@ -107,36 +123,120 @@ def retrain(
     *,
     strict: bool = True,
 ) -> NDArray[np.float64]:
-    """Make all retrainings of `job`, and return the resulting test losses.
+    """Make all retrainings of `job`, and return the resulting test losses and hits.
+
+    See `Campaign` and `Campaign.outcome`.
+    """
+    campaign = Campaign(subject, job.mean_over, memory, progress, strict=strict)
+    return campaign.outcome(job, directory)
+
+
+class Campaign:
+    """Retrainings of a run, made as jobs ask for them.
+
+    Before the first retraining whose result is not kept, the pipeline is trained once with all
+    weights 1, and compared with the run.
 
     Args:
-        subject: run and pipeline. The pipeline is first trained once with all weights 1, and
-            compared with the run.
-        job: retrainings to make.
-        directory: store of results. Results that are there already are not computed again.
+        subject: run and pipeline.
+        mean_over: divisor of the weighted losses, the same for all jobs.
         memory: budget of this process, such as "4GiB".
         progress: place to show progress.
         strict: True to refuse a pipeline whose first training does not come to the losses of the
             run. False serves if retrainings are only compared with each other.
-
-    Returns:
-        Loss and hit of each test sample, shape (seed, retraining, 2, test).
-
-    Raises:
-        PipelineError: the pipeline is not the one of the run.
-        BudgetError: not even one model fits.
-        UserCodeError: the model, the loss or a dataset raised.
     """
-    budget = parse_bytes(memory)
-    done = _kept(subject, job, directory)
-    if done is None:
-        done = _done(subject, job, directory, budget, progress, strict)
-    directory.keep_only({span: digest for span, (digest, _) in done.items()})
-    found = np.concatenate([done[span][1] for span in sorted(done)])
-    return found.reshape(len(job.seeds), job.n, *found.shape[1:])
 
+    def __init__(
+        self,
+        subject: Subject,
+        mean_over: MeanOver,
+        memory: str,
+        progress: Progress,
+        *,
+        strict: bool = True,
+    ) -> None:
+        self._subject, self._mean_over, self._progress = subject, mean_over, progress
+        self._budget, self._strict = parse_bytes(memory), strict
 
-_Done = dict[Span, tuple[str, NDArray[np.float64]]]
+    def outcome(self, job: Retraining, directory: Retrained) -> NDArray[np.float64]:
+        """Make all retrainings of `job`, and return the resulting test losses and hits.
+
+        Args:
+            job: retrainings to make.
+            directory: store of results. Results that are there already are not computed again.
+
+        Returns:
+            Loss and hit of each test sample, shape (seed, retraining, 2, test).
+
+        Raises:
+            PipelineError: the pipeline is not the one of the run.
+            BudgetError: not even one model fits.
+            UserCodeError: the model, the loss or a dataset raised.
+        """
+        assert job.mean_over == self._mean_over, "the retrainer was made for another divisor"
+        done = _kept(self._subject, job, directory)
+        if done is None:
+            done = self._made(job, directory)
+        directory.keep_only({span: digest for span, (digest, _) in done.items()})
+        found = np.concatenate([done[span][1] for span in sorted(done)])
+        return found.reshape(len(job.seeds), job.n, *found.shape[1:])
+
+    @cached_property
+    def _checked(self) -> tuple[Retrainer, float]:
+        """The retrainer, compared with the run, and the seconds that one training has taken."""
+        retrainer = Retrainer(self._subject.pipeline, self._progress, self._mean_over)
+        start = time.monotonic()
+        self._subject.check(retrainer, self._progress, strict=self._strict)
+        return retrainer, time.monotonic() - start
+
+    def _most_models(self, retrainer: Retrainer) -> int:
+        """Return how many models fit into a stack.
+
+        It is a power of two, so that another call that finds a little more or less room cuts the
+        same stacks. The call then finds these pieces.
+        """
+        room = self._budget - resident_bytes()
+        if room < retrainer.model_bytes:
+            raise BudgetError(
+                f"a model takes {format_bytes(retrainer.model_bytes)} beside the "
+                f"{format_bytes(self._budget - room)} that this process has, "
+                f"the budget is {format_bytes(self._budget)}: raise --memory to "
+                f"{format_bytes(1.2 * (self._budget - room + retrainer.model_bytes))}"
+            )
+        return min(MOST_MODELS, 1 << int(log2(room // retrainer.model_bytes)))
+
+    def _made(self, job: Retraining, directory: Retrained) -> _Done:
+        subject = self._subject
+        retrainer, seconds = self._checked
+        stacks = job.stacks(self._most_models(retrainer))
+        n = len(job.seeds) * job.n
+        self._progress.say(
+            f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one "
+            f"alone takes {format_seconds(seconds)}, "
+            f"all of them {format_seconds(n * seconds)} at most"
+        )
+        starts: dict[int, Values] = {
+            seed: subject.with_seed(seed) for seed in job.seeds if seed != subject.pipeline.seed
+        }
+        done: _Done = {}
+        with self._progress.task("retrain", n * retrainer.n_steps, "steps") as task:
+            for span in stacks:
+                stack = job.of(span)
+                digest = job.digest(subject.run.run_id, stack)
+                values = directory.read(span, digest, subject.n_tests)
+                if values is None:
+                    values = retrainer.train(
+                        stack.weights,
+                        task,
+                        classes=stack.classes,
+                        seed=stack.seed,
+                        start=starts.get(stack.seed),
+                    )
+                    directory.write(span, digest, values)
+                else:
+                    task.advance((span[1] - span[0]) * retrainer.n_steps)
+                done[span] = (digest, values)
+        return done
 
 
 def _kept(subject: Subject, job: Retraining, directory: Retrained) -> _Done | None:
@@ -154,56 +254,3 @@ def _kept(subject: Subject, job: Retraining, directory: Retrained) -> _Done | No
             if values is not None:
                 done[span], end = (digest, values), span[1]
     return done if end == len(job.seeds) * job.n else None
-
-
-def _done(
-    subject: Subject,
-    job: Retraining,
-    directory: Retrained,
-    budget: int,
-    progress: Progress,
-    strict: bool,
-) -> _Done:
-    retrainer = Retrainer(subject.pipeline, progress, job.mean_over)
-    start = time.monotonic()
-    subject.check(retrainer, progress, strict=strict)
-    seconds = time.monotonic() - start
-    room = budget - resident_bytes()
-    if room < retrainer.model_bytes:
-        raise BudgetError(
-            f"a model takes {format_bytes(retrainer.model_bytes)} beside the "
-            f"{format_bytes(budget - room)} that this process has, "
-            f"the budget is {format_bytes(budget)}: raise --memory to "
-            f"{format_bytes(1.2 * (budget - room + retrainer.model_bytes))}"
-        )
-    # A power of two, so that another call that finds a little more or less room cuts the same
-    # stacks. The call then finds these pieces.
-    stacks = job.stacks(min(MOST_MODELS, 2 ** int(log2(room // retrainer.model_bytes))))
-    n = len(job.seeds) * job.n
-    progress.say(
-        f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one alone "
-        f"takes {format_seconds(seconds)}, "
-        f"all of them {format_seconds(n * seconds)} at most"
-    )
-    starts: dict[int, Values] = {
-        seed: subject.with_seed(seed) for seed in job.seeds if seed != subject.pipeline.seed
-    }
-    done: _Done = {}
-    with progress.task("retrain", n * retrainer.n_steps, "steps") as task:
-        for span in stacks:
-            stack = job.of(span)
-            digest = job.digest(subject.run.run_id, stack)
-            values = directory.read(span, digest, subject.n_tests)
-            if values is None:
-                values = retrainer.train(
-                    stack.weights,
-                    task,
-                    classes=stack.classes,
-                    seed=stack.seed,
-                    start=starts.get(stack.seed),
-                )
-                directory.write(span, digest, values)
-            else:
-                task.advance((span[1] - span[0]) * retrainer.n_steps)
-            done[span] = (digest, values)
-    return done

@@ -24,7 +24,7 @@ from hydra_pipe.store.data.relevance import (
     read_relevance,
 )
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import BY_LABEL, ITSELF, MEAN, ResultName
+from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, ITSELF, ResultName
 from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.pipeline import Pipeline, described
 
@@ -109,6 +109,10 @@ class Subject:
     def sample_labels(self) -> NDArray[Any] | None:
         """Return the labels of the training samples, as recorded, or None if unknown."""
         return self.gradients.labels(names.TRAIN_LABELS)
+
+    def test_labels(self) -> NDArray[Any] | None:
+        """Return the labels of the test samples, as recorded, or None if unknown."""
+        return self.gradients.labels(names.TEST_LABELS)
 
     def true_labels(self) -> NDArray[Any]:
         """Return the true label of each training sample, of the recorded labels' type. Shape
@@ -218,20 +222,24 @@ class Subject:
         there = [name for name in self.run.complete(REDUCE) if ResultName.parse(name).probe is None]
         return {name: Relevance.of(self.run, name) for name in there}
 
-    def relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
+    def relevance(
+        self, chosen: str | None, groupings: tuple[str, ...] = ()
+    ) -> "dict[str, Relevance]":
         """Return relevance that covers each of the test samples, by name.
 
         Args:
             chosen: names with commas between them. None means all that cover all steps.
-            means: True to include results whose one column is the mean over all test samples, or
-                the relevance of the training samples to themselves.
+            groupings: groupings of columns that are included too: "mean" or "label" over all test
+                samples, or "self", the relevance of the training samples to themselves.
 
         Raises:
             RunError: a chosen name is not there. The message says what to reduce.
         """
         stages = self.run.stages
         whole = {
-            name: r for name, r in self.all_relevance().items() if r.is_whole(self.n_tests, means)
+            name: r
+            for name, r in self.all_relevance().items()
+            if r.is_whole(self.n_tests, groupings)
         }
         if chosen is None:
             return {
@@ -243,7 +251,7 @@ class Subject:
         for name in wanted:
             if name not in whole:
                 result = ResultName.parse(name)
-                by = MEAN if means and result.by == MEAN else None
+                by = result.by if result.by in groupings else None
                 needed = reducing(self.run, replace(result, by=by, probe=None))
                 has = f"it has {', '.join(whole)}" if whole else "it has none"
                 raise RunError(
@@ -254,16 +262,16 @@ class Subject:
         return {name: whole[name] for name in wanted}
 
     def required_relevance(
-        self, chosen: str | None, *, means: bool = False
+        self, chosen: str | None, groupings: tuple[str, ...] = ()
     ) -> "dict[str, Relevance]":
         """Return the same as `relevance`, with at least one result.
 
         Raises:
             RunError: there is no result.
         """
-        found = self.relevance(chosen, means=means)
+        found = self.relevance(chosen, groupings)
         if not found:
-            needed = ResultName("hydra-fisher", MEAN if means else None)
+            needed = ResultName(DEFAULT_METHOD, groupings[0] if groupings else None)
             raise RunError(
                 f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: "
                 "run "
@@ -298,15 +306,14 @@ class Relevance:
         columns = columns_of(open_relevance(run.path / names.RELEVANCE, name))
         return cls(run, name, columns, str(run.checksums(REDUCE.of(name))))
 
-    def is_whole(self, n_tests: int, means: bool) -> bool:
+    def is_whole(self, n_tests: int, groupings: tuple[str, ...]) -> bool:
         """Tell whether the array covers all `n_tests` test samples, one by one.
 
-        With `means`, the mean over all of them counts too, and so does relevance of the samples
-        to themselves.
+        Groups of `groupings` count too if they are of all test samples, or of none ("self").
         """
-        if self.columns.by is None or (means and self.columns.by == MEAN):
-            return self.columns.n_tests == n_tests
-        return means and self.columns.by == ITSELF
+        if self.columns.by is not None and self.columns.by not in groupings:
+            return False
+        return self.columns.by == ITSELF or self.columns.n_tests == n_tests
 
     def values(self) -> NDArray[np.float32]:
         """Return the values. Shape (sample, column).

@@ -21,6 +21,8 @@ COMBINED: Final = "combined"
 PROBES: Final = "probes"
 # Files in evaluation/KIND.
 RETRAINED: Final = "retrained"
+# Prefix of the directories of later rounds of retrainings, which end in the number of the round.
+ROUND: Final = "round-"
 TABLE: Final = "table.parquet"
 SUMMARY: Final = "summary.json"
 PLOT: Final = "plot.svg"

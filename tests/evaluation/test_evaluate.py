@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support import ROOT
+from support.evaluated import files_of, put
 from support.pipelines import cross_entropy
 from support.processes import forked
 from support.smooth import TESTS, N, net
@@ -28,59 +28,9 @@ from hydra_pipe.progress import Progress, Task
 from hydra_pipe.retraining import campaign
 from hydra_pipe.retraining.retrainer import LOSS, Retrainer
 from hydra_pipe.store.data.evaluations import Retrained
-from hydra_pipe.store.data.relevance import ResultColumns, create_relevance, write_relevance
+from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.stages import EVALUATE, REDUCE
-
-FILE = """
-import sys
-sys.path[:0] = {tests!r}
-from support.smooth import net
-
-def pipeline(lr: float = 0.1, seed: int = 0):
-    return net(lr, seed)
-"""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A pipeline file, and its run, reduced by two methods."""
-    directory = tmp_path_factory.mktemp("evaluate")
-    (directory / "file.py").write_text(
-        FILE.format(tests=[str(ROOT / "tests"), str(Path(__file__).parent)])
-    )
-    run = directory / "run"
-    hydra_pipe.record(str(directory / "file.py"), run)
-    for method in ("hydra", "hydra-fisher"):
-        hydra_pipe.reduce(run, method=method)
-    return str(directory / "file.py"), run
-
-
-@pytest.fixture
-def case(made: tuple[str, Path], tmp_path: Path) -> tuple[str, Path]:
-    return made[0], shutil.copytree(made[1], tmp_path / "run")
-
-
-def put(run: Path, name: str, values: np.ndarray, columns: ResultColumns | None = None) -> None:
-    """A relevance array called `name`, as if it had been reduced."""
-    directory = RunDirectory.open(run)
-    words = {"method": "made up", "sign": "positive is helpful", "unit": "test loss"}
-    columns = columns or ResultColumns(((0, values.shape[1]),))
-    array = create_relevance(
-        run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id
-    )
-    write_relevance(array, 0, 0, values.astype(np.float32))
-    setting = {"upto": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
-    directory.begin(REDUCE.of(name), setting)
-    directory.end(REDUCE.of(name), "complete", checksums=str(values.sum()))
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {
-        str(f.relative_to(directory)): f.read_bytes()
-        for f in sorted(directory.rglob("*"))
-        if f.is_file()
-    }
+from hydra_pipe.store.run.stages import EVALUATE
 
 
 def test_loo_is_what_leaving_out_one_sample_does(case: tuple[str, Path]) -> None:
@@ -165,7 +115,7 @@ def test_several_seeds_score_the_own_training_and_the_mean_of_the_others(
     assert "mean over 2 other seeds" in " ".join(found.summary["says"])
 
 
-def evaluate_until_killed(pipeline: str, run: Path) -> None:
+def evaluate_until_killed(pipeline: str, run: Path, kind: str, options: dict[str, Any]) -> None:
     """What a process does that has kept two pieces when it is killed."""
     write, left = Retrained.write, [2]
 
@@ -177,23 +127,36 @@ def evaluate_until_killed(pipeline: str, run: Path) -> None:
 
     Retrained.write = writes
     campaign.MOST_MODELS = 4
-    hydra_pipe.evaluate(pipeline, run, "lds", retrainings=12)
+    hydra_pipe.evaluate(pipeline, run, kind, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("lds", {"retrainings": 12}),
+        ("qld", {"tests": "0-3", "methods": "hydra", "seeds": 2}),
+        ("subset", {"tests": "0-3", "methods": "hydra"}),
+    ],
+)
 def test_killed_and_run_again_it_goes_on_to_the_same_bytes(
-    case: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    options: dict[str, Any],
 ) -> None:
     other = shutil.copytree(case[1], tmp_path / "other")
-    killed = forked(evaluate_until_killed, *case)
+    killed = forked(evaluate_until_killed, *case, kind, options)
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    done = files_of(case[1] / "evaluation" / "lds" / "retrained")
+    done = files_of(case[1] / "evaluation" / kind)
     assert len(done) == 2
     monkeypatch.setattr(campaign, "MOST_MODELS", 4)
     for run in (case[1], other):
-        hydra_pipe.evaluate(case[0], run, "lds", retrainings=12)
+        hydra_pipe.evaluate(case[0], run, kind, **options)
     assert files_of(case[1] / "evaluation") == files_of(other / "evaluation")
-    assert done.items() <= files_of(case[1] / "evaluation" / "lds" / "retrained").items()
+    assert done.items() <= files_of(case[1] / "evaluation" / kind).items()
+    assert hydra_pipe.verify(case[1]) == []
 
 
 def test_noise_ranks_wrong_labels_and_leaves_them_out(case: tuple[str, Path]) -> None:
@@ -331,7 +294,13 @@ def no_truth() -> Pipeline:
 @pytest.mark.parametrize(
     ("change", "kind", "options", "error", "message"),
     [
-        (net, "guess", {}, UsageError, "choose one of loo, lds, noise, smoothness, approximation"),
+        (
+            net,
+            "guess",
+            {},
+            UsageError,
+            "choose one of loo, lds, qld, subset, noise, smoothness, approximation",
+        ),
         (net, "lds", {"samples": "0"}, UsageError, "--samples is no option of evaluate lds"),
         (net, "loo", {"samples": "0-60"}, UsageError, "not within the 60 training samples"),
         (net, "lds", {"retrainings": 2}, UsageError, "give 10 or more"),
@@ -339,6 +308,22 @@ def no_truth() -> Pipeline:
         (net, "noise", {"left_out": "half"}, UsageError, "--left-out 'half': give shares"),
         (net, "noise", {"left_out": "0,1"}, UsageError, "--left-out '0,1': give shares"),
         (net, "lds", {"seeds": 2}, UsageError, "setting `seed`"),
+        (net, "lds", {"drop": 1.0}, UsageError, "--drop 1: give a share .* between 0 and 1"),
+        (net, "lds", {"drop": 0.001}, UsageError, "--drop 0.001 of 60 samples is 0 samples"),
+        (net, "qld", {"drop": 0.999}, UsageError, "--drop 0.999 of 60 samples is 60 samples"),
+        (net, "qld", {"seeds": 2}, UsageError, "setting `seed`"),
+        (net, "qld", {"by": "class"}, UsageError, "--by 'class': give label or mean"),
+        (net, "qld", {"by": "mean", "tests": "0"}, UsageError, "--by and --tests"),
+        (net, "qld", {"tests": "0-12"}, UsageError, "not within the 12 test samples"),
+        (net, "qld", {"methods": "hydra-mean"}, RunError, "reduce .* --method hydra first"),
+        (
+            net,
+            "qld",
+            {"methods": "tracin-mean", "by": "mean"},
+            RunError,
+            "reduce .* --method tracin --mean first",
+        ),
+        (net, "subset", {"seeds": 2}, UsageError, "--seeds is no option of evaluate subset"),
         (net, "lds", {"methods": "tracin"}, RunError, "hydra-pipe reduce .* --method tracin first"),
         (net, "lds", {"memory": "1MiB"}, HydraError, "raise --memory to"),
         (lambda: net(0.2), "lds", {}, RunError, "was recorded with optimizer="),

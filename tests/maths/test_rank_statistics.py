@@ -5,7 +5,13 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from hydra_pipe.maths.rank_statistics import average_ranks, bootstrap_interval, roc_auc, spearmans
+from hydra_pipe.maths.rank_statistics import (
+    average_ranks,
+    bootstrap_interval,
+    median_interval,
+    roc_auc,
+    spearmans,
+)
 
 
 @pytest.mark.parametrize("n_values", [3, 10**6])
@@ -32,3 +38,12 @@ def test_the_interval_holds_the_mean_and_narrows_with_more_tests() -> None:
         widths.append(high - low)
     assert widths[1] == pytest.approx(2 * 1.96 / 1000**0.5, rel=0.1)
     assert widths[0] > 5 * widths[1]
+
+
+def test_the_interval_of_a_median_is_that_of_scipy_and_may_have_no_upper_bound() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    expected = stats.bootstrap((values,), np.median, method="percentile", rng=0).confidence_interval
+    assert median_interval(values) == pytest.approx(tuple(expected), abs=0.05)
+    low, high = median_interval(np.array([1.0, 2.0, 3.0, np.inf, np.inf]))
+    assert low < 3.0
+    assert high == np.inf

@@ -61,6 +61,13 @@ class Retrained:
     def __init__(self, directory: Path) -> None:
         self._directory = directory / names.RETRAINED
 
+    def of_round(self, number: int) -> "Retrained":
+        """Return the results of round `number`, which is above 0.
+
+        Retrainings of a later round depend on what came of those before. Round 0 is `self`.
+        """
+        return Retrained(self._directory.parent / f"{names.ROUND}{number}")
+
     def spans(self) -> list[tuple[int, int]]:
         """Return the first and one past the last retraining of each existing piece, in order."""
         found = [_PIECE.fullmatch(name) for name in files_below(self._directory)]

@@ -73,8 +73,8 @@ def reporting(run: Path, name: str, settings: _Settings) -> str:
 
 def evaluating(run: Path, kind: str, settings: _Settings, recorded: _Settings) -> str:
     """Return the command of one kind of evaluation. `recorded`: settings of the recording."""
-    options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
-    options["--left-out"] = settings.get("left_out")
+    of_kinds = ("samples", "retrainings", "seeds", "left_out", "drop", names.TESTS, names.BY)
+    options = {f"--{name.replace('_', '-')}": settings.get(name) for name in of_kinds}
     return _command(
         "evaluate", _pipeline(recorded), str(run), kind, *_assignments(recorded), **options
     )
