@@ -58,7 +58,10 @@ class QueryLoss(Evaluator):
 
     def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
         """Return the share to leave out, the number of seeds, and the queries."""
-        drop, seeds = options.drop or DEFAULT_DROP, options.seeds or 1
+        fewest = 0.5 / DEFAULT_DROP  # a hundredth of less is no sample: one is left out
+        default = DEFAULT_DROP if subject.n_samples >= fewest else 1.0 / subject.n_samples
+        drop = options.drop or default
+        seeds = options.seeds or 1
         n_dropped(drop, subject.n_samples)
         if seeds > 1:
             subject.check_seeds()

@@ -27,7 +27,7 @@ from hydra_pipe.evaluation.subsets import n_dropped, random_order
 from hydra_pipe.maths.rank_statistics import median_interval
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Campaign, Retraining
-from hydra_pipe.retraining.intervals import INTERVAL, with_interval
+from hydra_pipe.retraining.intervals import with_interval
 from hydra_pipe.retraining.retrainer import HIT, LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
 from hydra_pipe.store import names
@@ -90,6 +90,7 @@ class SmallestSubset(Evaluator):
         _say_count(request.progress, len(relevance), len(queries), sizes, n_rounds)
         found = Bisection(len(sizes), (len(orders), len(queries)))
         for number in range(1, n_rounds + 1):
+            request.progress.say(f"round {number} of {n_rounds}")
             trainings = Trainings.of(orders, sizes, found.middle)
             job = Retraining.without(
                 len(trainings.left_out),
@@ -329,8 +330,8 @@ def _says(subject: Subject, sizes: I64, n_queries: int, n_wrong: int, diverged: 
         f"{(sizes[-1] / sizes[0]) ** (1 / max(1, len(sizes) - 1)):.2f} times the one before, by "
         "bisection",
         f"flipped: within {sizes[-1]:,} samples; median: of the smallest numbers, - if fewer than "
-        f"half flip; beats_random: share of {RANDOM_DRAWS} random orders that need more; "
-        f"{INTERVAL}",
+        f"half flip; beats_random: share of {RANDOM_DRAWS} random orders that need more; intervals "
+        "of 95 % by drawing as many predictions anew, 2,000 times (not the retrainings)",
     ]
     if n_wrong:
         says.append(f"{n_wrong:,} predictions are wrong with all samples, and are not asked about")

@@ -210,11 +210,12 @@ class Campaign:
         retrainer, seconds = self._checked
         stacks = job.stacks(self._most_models(retrainer))
         n = len(job.seeds) * job.n
-        self._progress.say(
-            f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one "
-            f"alone takes {format_seconds(seconds)}, "
-            f"all of them {format_seconds(n * seconds)} at most"
-        )
+        if n > 1:
+            self._progress.say(
+                f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one "
+                f"alone takes {format_seconds(seconds)}, "
+                f"all of them {format_seconds(n * seconds)} at most"
+            )
         starts: dict[int, Values] = {
             seed: subject.with_seed(seed) for seed in job.seeds if seed != subject.pipeline.seed
         }

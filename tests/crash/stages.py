@@ -44,6 +44,16 @@ LATER: Stages = {
         None,
         ["tested", "fisher"],
     ),
+    "qld": (
+        ["evaluate", PIPELINE, "RUN", "qld", "--tests", "0-1", "--methods", "hydra-fisher"],
+        None,
+        ["tested", "fisher"],
+    ),
+    "subset": (
+        ["evaluate", PIPELINE, "RUN", "subset", "--methods", "hydra-fisher"],
+        None,
+        ["tested", "fisher"],
+    ),
     "noise": (
         ["evaluate", PIPELINE, "RUN", "noise", "--left-out", "1"],
         None,

@@ -290,7 +290,9 @@ def test_subset_finds_the_samples_that_a_prediction_hangs_on(tmp_path: Path) -> 
     assert "1 predictions are wrong" in " ".join(found.summary["says"])
     n_rounds = len(sizes).bit_length()
     at_most = n_rounds * 3 * 3 + 3 * (1 + 2 + 3)
-    assert said.lines[-1 - n_rounds].startswith(f"{at_most} retrainings at most, in {n_rounds} ro")
+    said_first = [line for line in said.lines if "at most, in" in line]
+    assert said_first[0].startswith(f"{at_most} retrainings at most, in {n_rounds} rounds")
+    assert said.lines.index(said_first[0]) < said.lines.index(f"round 1 of {n_rounds}")
 
 
 def test_subset_flips_at_the_size_that_it_names_and_not_at_the_one_before(
@@ -390,6 +392,13 @@ def numbers() -> Pipeline:
         batch_size=8,
         epochs=3,
     )
+
+
+def test_one_sample_is_left_out_of_few_unless_a_share_is_given(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hydra_pipe.record(numbers(), run)
+    hydra_pipe.reduce(run, method="hydra")
+    assert hydra_pipe.evaluate(numbers(), run, "qld").summary["left_out"] == 1
 
 
 def test_text_and_numbers_are_evaluated_alike(tmp_path: Path) -> None:
