@@ -85,9 +85,9 @@ class QueryLoss(Evaluator):
     def scored(
         self, subject: Subject, methods: str | None, settings: Mapping[str, Any]
     ) -> Mapping[str, Relevance]:
-        """Return relevance for each test sample or for the groups asked about, at least one."""
-        by = settings.get(names.BY)
-        return subject.required_relevance(methods, () if by is None else (by,))
+        """Return relevance for each query, or for each test sample of the groups; one or more."""
+        by, tests = settings.get(names.BY), settings.get(names.TESTS)
+        return subject.required_relevance(methods, () if by is None else (by,), tests)
 
     def evaluate(self, request: EvaluationRequest) -> Result:
         """Train without the samples that matter, and without others; see the class.

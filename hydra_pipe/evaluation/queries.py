@@ -80,12 +80,17 @@ def relevance_for(found: Relevance, queries: Sequence[Query]) -> F64:
     The relevance for a group is the mean over its test samples. A result that was reduced by
     groups has the groups as its columns.
 
+    Args:
+        found: relevance that covers the test samples of the queries, or has their groups.
+        queries: queries.
+
     Raises:
         StoreError: the relevance is damaged.
     """
     values = found.values()
     if found.columns.by is None:
-        means = [values[:, query.tests].mean(axis=1, dtype=np.float64) for query in queries]
+        places = [np.searchsorted(found.columns.test_ids, query.tests) for query in queries]
+        means = [values[:, own].mean(axis=1, dtype=np.float64) for own in places]
     else:
         columns = [found.columns.names.index(query.name) for query in queries]
         means = [values[:, column].astype(np.float64) for column in columns]

@@ -67,8 +67,8 @@ class SmallestSubset(Evaluator):
     def scored(
         self, subject: Subject, methods: str | None, settings: Mapping[str, Any]
     ) -> Mapping[str, Relevance]:
-        """Return relevance for each test sample, at least one result."""
-        return subject.required_relevance(methods)
+        """Return relevance for each test sample that is looked at, at least one result."""
+        return subject.required_relevance(methods, tests=settings[names.TESTS])
 
     def evaluate(self, request: EvaluationRequest) -> Result:
         """Train without ever other numbers of samples; see the class.
@@ -78,7 +78,7 @@ class SmallestSubset(Evaluator):
             RunError: no prediction is right.
         """
         subject = request.subject
-        relevance = subject.required_relevance(request.methods)
+        relevance = self.scored(subject, request.methods, request.settings)
         campaign = Campaign(subject, "weights", request.memory, request.progress)
         queries, n_wrong = _right(campaign, request)
         sizes = sizes_up_to(n_dropped(request.settings["drop"], subject.n_samples))

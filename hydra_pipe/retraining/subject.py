@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import PipelineError, RunError, UsageError, shown
 from hydra_pipe.loading import PipelineFunction, load_pipeline
+from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.retraining.models import Values
@@ -27,6 +28,7 @@ from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, ITSELF, ResultName
 from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.pipeline import Pipeline, described
+from hydra_pipe.types import I64
 
 # Greatest distance between the test losses of a retraining with all weights 1 and the recorded
 # ones, as shares of their norm: without a message, and at all.
@@ -223,7 +225,7 @@ class Subject:
         return {name: Relevance.of(self.run, name) for name in there}
 
     def relevance(
-        self, chosen: str | None, groupings: tuple[str, ...] = ()
+        self, chosen: str | None, groupings: tuple[str, ...] = (), tests: str | None = None
     ) -> "dict[str, Relevance]":
         """Return relevance that covers each of the test samples, by name.
 
@@ -231,16 +233,15 @@ class Subject:
             chosen: names with commas between them. None means all that cover all steps.
             groupings: groupings of columns that are included too: "mean" or "label" over all test
                 samples, or "self", the relevance of the training samples to themselves.
+            tests: selection of the test samples that must be covered. Default: all.
 
         Raises:
             RunError: a chosen name is not there. The message says what to reduce.
         """
         stages = self.run.stages
-        whole = {
-            name: r
-            for name, r in self.all_relevance().items()
-            if r.is_whole(self.n_tests, groupings)
-        }
+        spans = ((0, self.n_tests),) if tests is None else parse_selection(tests, self.n_tests)
+        ids = ResultColumns(spans).test_ids
+        whole = {name: r for name, r in self.all_relevance().items() if r.covers(ids, groupings)}
         if chosen is None:
             return {
                 name: r
@@ -252,30 +253,35 @@ class Subject:
             if name not in whole:
                 result = ResultName.parse(name)
                 by = result.by if result.by in groupings else None
-                needed = reducing(self.run, replace(result, by=by, probe=None))
+                needed = reducing(self.run, replace(result, by=by, probe=None), tests)
                 has = f"it has {', '.join(whole)}" if whole else "it has none"
                 raise RunError(
-                    f"{self.run.path} has no relevance {shown(name)} for each of the "
-                    f"{self.n_tests} test samples ({has}): run "
-                    f"{needed} first"
+                    f"{self.run.path} has no relevance {shown(name)} for "
+                    f"{self._in_words(tests)} ({has}): run {needed} first"
                 )
         return {name: whole[name] for name in wanted}
 
+    def _in_words(self, tests: str | None) -> str:
+        """Return words for a selection of test samples."""
+        if tests is None:
+            return f"each of the {self.n_tests} test samples"
+        return f"each of the test samples {tests}"
+
     def required_relevance(
-        self, chosen: str | None, groupings: tuple[str, ...] = ()
+        self, chosen: str | None, groupings: tuple[str, ...] = (), tests: str | None = None
     ) -> "dict[str, Relevance]":
         """Return the same as `relevance`, with at least one result.
 
         Raises:
             RunError: there is no result.
         """
-        found = self.relevance(chosen, groupings)
+        found = self.relevance(chosen, groupings, tests)
         if not found:
             needed = ResultName(DEFAULT_METHOD, groupings[0] if groupings else None)
             raise RunError(
-                f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: "
-                "run "
-                f"{reducing(self.run, needed)} first (and other methods that you want to compare)"
+                f"{self.run.path} has no relevance for {self._in_words(tests)}: run "
+                f"{reducing(self.run, needed)} first (and other methods that you want to "
+                "compare)"
             )
         return found
 
@@ -306,14 +312,15 @@ class Relevance:
         columns = columns_of(open_relevance(run.path / names.RELEVANCE, name))
         return cls(run, name, columns, str(run.checksums(REDUCE.of(name))))
 
-    def is_whole(self, n_tests: int, groupings: tuple[str, ...]) -> bool:
-        """Tell whether the array covers all `n_tests` test samples, one by one.
+    def covers(self, tests: I64, groupings: tuple[str, ...]) -> bool:
+        """Tell whether the array has a column for each of `tests`, shape (test,).
 
-        Groups of `groupings` count too if they are of all test samples, or of none ("self").
+        Groups of `groupings` count too if they are of these test samples, or of none ("self").
         """
-        if self.columns.by is not None and self.columns.by not in groupings:
-            return False
-        return self.columns.by == ITSELF or self.columns.n_tests == n_tests
+        by, own = self.columns.by, self.columns
+        if by is None:
+            return bool(np.isin(tests, own.test_ids).all())
+        return by in groupings and (by == ITSELF or np.array_equal(own.test_ids, tests))
 
     def values(self) -> NDArray[np.float32]:
         """Return the values. Shape (sample, column).

@@ -315,7 +315,13 @@ def no_truth() -> Pipeline:
         (net, "qld", {"by": "class"}, UsageError, "--by 'class': give label or mean"),
         (net, "qld", {"by": "mean", "tests": "0"}, UsageError, "--by and --tests"),
         (net, "qld", {"tests": "0-12"}, UsageError, "not within the 12 test samples"),
-        (net, "qld", {"methods": "hydra-mean"}, RunError, "reduce .* --method hydra first"),
+        (
+            net,
+            "qld",
+            {"methods": "hydra-mean"},
+            RunError,
+            "reduce .* --method hydra --tests 0-11 first",
+        ),
         (
             net,
             "qld",

@@ -27,6 +27,7 @@ from hydra_pipe.evaluation.subsets import n_dropped, random_order, random_weight
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.retraining import campaign
 from hydra_pipe.retraining.retrainer import HIT, LOSS, Retrainer
+from hydra_pipe.store.data.relevance import ResultColumns
 
 # A hundredth of the 60 samples of `net` is one, a twentieth is three.
 DROP, DROPPED = 0.05, 3
@@ -171,6 +172,21 @@ def test_qld_asks_about_groups_by_results_of_each_test_and_of_the_group(
     rows = {row["method"]: row for row in by_label.rows}
     assert set(rows) == {"hydra", "hydra-fisher", "hydra-by-label"}
     assert rows["hydra-by-label"]["harmful"] == pytest.approx(rows["hydra"]["harmful"], rel=1e-4)
+
+
+def test_results_of_some_test_samples_are_scored_where_they_have_all_queries(
+    case: tuple[str, Path],
+) -> None:
+    values = np.random.default_rng(0).normal(size=(N, TESTS))
+    put(case[1], "whole", values)
+    put(case[1], "some", values[:, [2, 3, 7, 9]], ResultColumns(((2, 4), (7, 8), (9, 10))))
+    options: dict[str, Any] = {"tests": "3,9"}
+    for kind in ("qld", "subset"):
+        found = hydra_pipe.evaluate(*case, kind, methods="some,whole", **options)
+        first, second = ({**row, "method": ""} for row in found.rows[:2])
+        assert first == second
+    with pytest.raises(RunError, match=r"hydra-pipe reduce .* --method some --tests 3-4 first"):
+        hydra_pipe.evaluate(*case, "qld", methods="some", tests="3-4", overwrite=True)
 
 
 def test_qld_of_several_seeds_is_the_mean_over_their_trainings(case: tuple[str, Path]) -> None:
