@@ -118,21 +118,8 @@ class DatamodelScore(Evaluator):
         if seeds > 1:
             targets[_OTHERS] = losses[1:].mean(axis=0)
         kept = weights(0, retrainings)[finite].astype(np.float64)
-        rows: list[Row] = []
-        for name, found in relevance.items():
-            predicted, row = -(kept @ found.values()), Row({"method": name})
-            for target, of_subsets in targets.items():
-                row |= with_interval(target, spearmans(predicted, of_subsets))
-            rows.append(row)
-        rows.sort(key=lambda row: -row[_OWN])
-        which = (
-            "on random halves (weight 0, mean over those kept)"
-            if "drop" not in settings
-            else f"without {n_left_out:,} of {n:,} samples at random (weight 0, mean over those "
-            "kept)"
-        )
-        says = [f"lds: Spearman over {finite.sum()} retrainings {which}, {INTERVAL}"]
-        says += _diverged(finite)
+        rows = _rows(relevance, kept, targets)
+        says = [_says(int(finite.sum()), n_left_out, n, settings), *_diverged(finite)]
         if seeds > 1:
             says.append(
                 f"{_OWN}: training with the run's own seed; {_OTHERS}: mean over {seeds - 1} other "
@@ -149,6 +136,37 @@ class DatamodelScore(Evaluator):
             "spread": float(np.median(losses[0].std(axis=0, ddof=1))),
         }
         return Result(rows, summary | noise, says, bars(rows, _OWN, "linear datamodelling score"))
+
+
+def _rows(
+    relevance: Mapping[str, Relevance],
+    kept: NDArray[np.float64],
+    targets: Mapping[str, NDArray[np.float64]],
+) -> list[Row]:
+    """Return a row for each method, the best one first.
+
+    Args:
+        relevance: relevance by name.
+        kept: 1 for each sample of a subset, else 0, shape (subset, sample).
+        targets: losses that are predicted, by the name of the score, each (subset, test).
+    """
+    rows: list[Row] = []
+    for name, found in relevance.items():
+        predicted, row = -(kept @ found.values()), Row({"method": name})
+        for target, of_subsets in targets.items():
+            row |= with_interval(target, spearmans(predicted, of_subsets))
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row[_OWN])
+
+
+def _says(n_retrainings: int, n_left_out: int, n: int, settings: Mapping[str, Any]) -> str:
+    """Return a line on what was trained, and on what the score is."""
+    which = (
+        f"without {n_left_out:,} of {n:,} samples at random (weight 0, mean over those kept)"
+        if "drop" in settings
+        else "on random halves (weight 0, mean over those kept)"
+    )
+    return f"lds: Spearman over {n_retrainings} retrainings {which}, {INTERVAL}"
 
 
 def _noise(

@@ -6,13 +6,12 @@ again: weight 0, mean over the samples kept.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hydra_pipe.errors import DataError, RunError
+from hydra_pipe.evaluation.bisection import Bisection, Order, Trainings, sizes_up_to
 from hydra_pipe.evaluation.evaluator import EvaluationRequest, Evaluator
 from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.queries import (
@@ -28,15 +27,13 @@ from hydra_pipe.maths.rank_statistics import median_interval
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Campaign, Retraining
 from hydra_pipe.retraining.intervals import with_interval
-from hydra_pipe.retraining.retrainer import HIT, LOSS
+from hydra_pipe.retraining.retrainer import HIT
 from hydra_pipe.retraining.subject import Relevance, Subject
 from hydra_pipe.store import names
 from hydra_pipe.types import F64, I64
 
 # Largest share of the samples to leave out.
 DEFAULT_DROP = 0.2
-# Number of rounds, each of which halves the sizes that are possible.
-MOST_ROUNDS = 5
 # Number of random orders.
 RANDOM_DRAWS = 3
 RANDOM = "(random)"
@@ -86,20 +83,8 @@ class SmallestSubset(Evaluator):
         orders += [
             _drawn(subject.n_samples, draw, len(queries), sizes[-1]) for draw in range(RANDOM_DRAWS)
         ]
-        n_rounds = len(sizes).bit_length()
-        _say_count(request.progress, len(relevance), len(queries), sizes, n_rounds)
-        found = Bisection(len(sizes), (len(orders), len(queries)))
-        for number in range(1, n_rounds + 1):
-            request.progress.say(f"round {number} of {n_rounds}")
-            trainings = Trainings.of(orders, sizes, found.middle)
-            job = Retraining.without(
-                len(trainings.left_out),
-                trainings.left_out.__getitem__,
-                subject.n_samples,
-                (subject.pipeline.seed,),
-            )
-            outcome = campaign.outcome(job, request.retrained.of_round(number))[0]
-            found.halve(trainings.flipped(outcome, queries), trainings.diverged(outcome))
+        _say_count(request.progress, len(relevance), len(queries), sizes)
+        found = _searched(campaign, request, orders, queries, sizes)
         smallest = np.append(sizes, np.inf)[found.high]
         rows = rows_of(list(relevance), smallest)
         summary = {
@@ -113,116 +98,28 @@ class SmallestSubset(Evaluator):
         return Result(rows, summary, says, _plot(list(relevance), smallest, sizes))
 
 
-def sizes_up_to(limit: int) -> I64:
-    """Return the numbers of samples to try, ascending from 1 to `limit`, nearly geometric.
-
-    There are 2^k - 1 of them, so that k rounds of bisection find each answer.
-
-    Args:
-        limit: largest number, 1 or more.
-    """
-    n = 2 ** min(MOST_ROUNDS, (limit + 1).bit_length() - 1) - 1
-    if n == 1:
-        return np.array([limit])
-    found = np.rint(np.geomspace(1, limit, n)).astype(np.int64)
-    # Small numbers are rounded to the same one: they go up by one instead, and never beyond the
-    # limit, because a geometric row is below the straight line between its ends.
-    places = np.arange(n)
-    ascending: I64 = np.maximum.accumulate(found - places) + places
-    return ascending
-
-
-class Bisection:
-    """Search for the first place of a row at which something is so, for many rows at a time.
-
-    Args:
-        n_places: number of places, 2^k - 1.
-        shape: shape of the searches.
-    """
-
-    def __init__(self, n_places: int, shape: tuple[int, ...]) -> None:
-        self._low = np.full(shape, -1)
-        # First place that is known, or `n_places` if there is none.
-        self.high = np.full(shape, n_places)
-        self.diverged = 0
-
-    @property
-    def middle(self) -> I64:
-        """Place to look at next, in the shape of the searches."""
-        middle: I64 = (self._low + self.high) // 2
-        return middle
-
-    def halve(self, found: NDArray[np.bool_], diverged: int) -> None:
-        """Go on with one half of the places.
-
-        Args:
-            found: True where it is so at `middle`, in the shape of the searches.
-            diverged: number of retrainings that diverged in this look.
-        """
-        middle = self.middle
-        self.high = np.where(found, middle, self.high)
-        self._low = np.where(found, self._low, middle)
-        self.diverged += diverged
-
-
-@dataclass(frozen=True)
-class Order:
-    """Samples in the order in which they are left out, for each query.
-
-    Args:
-        first: ids of the first samples, shape (row, rank).
-        row: row of each query. Random orders have one row for all queries.
-    """
-
-    first: I64
-    row: I64
-
-
-@dataclass(frozen=True)
-class Trainings:
-    """Retrainings of a round, each made once, whichever queries ask for it.
-
-    Args:
-        left_out: ids that each retraining leaves out.
-        at: number of the retraining of each order and query, shape (order, query).
-    """
-
-    left_out: list[I64]
-    at: I64
-
-    @classmethod
-    def of(cls, orders: Sequence[Order], sizes: I64, places: I64) -> "Trainings":
-        """Return the retrainings that leave out as many samples as `places` says.
-
-        Args:
-            orders: orders of the samples.
-            sizes: numbers of samples to leave out.
-            places: place in `sizes` of each order and query, shape (order, query).
-        """
-        known: dict[tuple[int, int, int], int] = {}
-        at = np.empty(places.shape, np.int64)
-        for index, order in enumerate(orders):
-            for query, row in enumerate(order.row.tolist()):
-                key = (index, row, int(sizes[places[index, query]]))
-                at[index, query] = known.setdefault(key, len(known))
-        return cls([orders[index].first[row, :size] for index, row, size in known], at)
-
-    def flipped(self, outcome: NDArray[np.float64], queries: Sequence[Query]) -> NDArray[np.bool_]:
-        """Return whether the prediction of each query is wrong, shape (order, query).
-
-        A retraining that diverged flips nothing.
-
-        Args:
-            outcome: loss and hit of each test sample, shape (retraining, 2, test).
-            queries: queries of one test sample each.
-        """
-        tests = np.concatenate([query.tests for query in queries])
-        wrong = (outcome[:, HIT] == 0.0) & np.isfinite(outcome[:, LOSS])
-        return np.asarray(wrong[self.at, tests])
-
-    def diverged(self, outcome: NDArray[np.float64]) -> int:
-        """Return how many retrainings diverged."""
-        return int((~np.isfinite(outcome[:, LOSS]).all(axis=1)).sum())
+def _searched(
+    campaign: Campaign,
+    request: EvaluationRequest,
+    orders: Sequence[Order],
+    queries: Sequence[Query],
+    sizes: I64,
+) -> Bisection:
+    """Return the place in `sizes` at which each order flips each query, after all rounds."""
+    subject, n_rounds = request.subject, len(sizes).bit_length()
+    found = Bisection(len(sizes), (len(orders), len(queries)))
+    for number in range(1, n_rounds + 1):
+        request.progress.say(f"round {number} of {n_rounds}")
+        trainings = Trainings.of(orders, sizes, found.middle)
+        job = Retraining.without(
+            len(trainings.left_out),
+            trainings.left_out.__getitem__,
+            subject.n_samples,
+            (subject.pipeline.seed,),
+        )
+        outcome = campaign.outcome(job, request.retrained.of_round(number))[0]
+        found.halve(trainings.flipped(outcome, queries), trainings.diverged(outcome))
+    return found
 
 
 def _right(campaign: Campaign, request: EvaluationRequest) -> tuple[list[Query], int]:
@@ -266,10 +163,9 @@ def _drawn(n_samples: int, draw: int, n_queries: int, most: int) -> Order:
     return Order(random_order(n_samples, _SEED, draw)[None, :most], np.zeros(n_queries, np.int64))
 
 
-def _say_count(
-    progress: Progress, n_methods: int, n_queries: int, sizes: I64, n_rounds: int
-) -> None:
+def _say_count(progress: Progress, n_methods: int, n_queries: int, sizes: I64) -> None:
     """Say how many retrainings there will be at most, before they begin."""
+    n_rounds = len(sizes).bit_length()
     of_random = sum(min(n_queries, 2**number) for number in range(n_rounds))
     n = n_rounds * n_methods * n_queries + RANDOM_DRAWS * of_random
     progress.say(

@@ -20,9 +20,10 @@ from hydra_pipe import Pipeline
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import DataError, NonFiniteError, RunError
 from hydra_pipe.evaluation import qld, subset
+from hydra_pipe.evaluation.bisection import Bisection, Order, Trainings, sizes_up_to
 from hydra_pipe.evaluation.lds import _SEED, half
 from hydra_pipe.evaluation.qld import RANDOM_DRAWS, measured
-from hydra_pipe.evaluation.subset import Bisection, sizes_up_to
+from hydra_pipe.evaluation.queries import Query
 from hydra_pipe.evaluation.subsets import n_dropped, random_order, random_weights
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.retraining import campaign
@@ -193,10 +194,19 @@ def test_qld_of_several_seeds_is_the_mean_over_their_trainings(case: tuple[str, 
     values = np.random.default_rng(0).normal(size=(N, TESTS))
     put(case[1], "made-up", values)
     options: dict[str, Any] = {"drop": DROP, "tests": "5-6", "methods": "made-up"}
-    row = hydra_pipe.evaluate(*case, "qld", seeds=2, **options).rows[0]
-    changes = []
+    found = hydra_pipe.evaluate(*case, "qld", seeds=2, **options)
+    row = found.rows[0]
+    changes, random = [], []
     for seed in (0, 1):
         start = {name: p.detach() for name, p in net(seed=seed).model.named_parameters()}
+        weights = np.ones((1 + RANDOM_DRAWS, N), np.float32)
+        for draw in range(1, 1 + RANDOM_DRAWS):
+            order = random_order(N, qld._SEED, seed * RANDOM_DRAWS + draw)
+            weights[draw, order[:DROPPED]] = 0.0
+        losses = Retrainer(net(), Progress(), "weights").train(
+            weights, Task(), seed=seed, start=start
+        )[:, LOSS, 5:7]
+        random.append(losses[1:].mean(axis=0) - losses[0])
         for j in (5, 6):
             weights = np.ones((2, N), np.float32)
             weights[1, np.argsort(-values[:, j])[:DROPPED]] = 0.0
@@ -205,6 +215,8 @@ def test_qld_of_several_seeds_is_the_mean_over_their_trainings(case: tuple[str, 
             )[:, LOSS, j]
             changes.append(losses[1] - losses[0])
     assert row["helpful"] == pytest.approx(np.mean(changes), rel=1e-3)
+    assert row["helpful_over_random"] == pytest.approx(np.mean(changes) - np.mean(random), rel=1e-3)
+    assert found.summary["changes"]["(random)"] == pytest.approx(np.mean(random, axis=0), rel=1e-2)
 
 
 def test_retrainings_that_diverge_take_their_queries_and_draws_with_them() -> None:
@@ -236,6 +248,20 @@ def test_sizes_ascend_to_the_limit_and_bisection_finds_each_of_them(limit: int) 
     for _ in range(n.bit_length()):
         found.halve(found.middle >= answers, 0)
     np.testing.assert_array_equal(found.high, answers)
+
+
+def test_a_retraining_that_diverged_flips_nothing_and_one_retraining_answers_all_that_ask() -> None:
+    own = Order(np.array([[4, 2, 0], [1, 3, 5]]), np.array([0, 1]))
+    drawn = Order(np.array([[5, 4, 3]]), np.array([0, 0]))
+    sizes, places = np.array([1, 3]), np.array([[0, 1], [1, 1]])
+    trainings = Trainings.of([own, drawn], sizes, places)
+    assert [ids.tolist() for ids in trainings.left_out] == [[4], [1, 3, 5], [5, 4, 3]]
+    outcome = np.zeros((3, 2, 9))
+    outcome[1, LOSS] = np.nan
+    outcome[2, HIT, 7] = 1.0
+    queries = [Query(test, np.array([test])) for test in (6, 7)]
+    assert trainings.flipped(outcome, queries).tolist() == [[True, False], [True, False]]
+    assert trainings.diverged(outcome) == 1
 
 
 COPIES, FEATURES, SAMPLES, RIGHT = (1, 4, 10), 8, 64, 3

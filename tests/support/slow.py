@@ -32,6 +32,7 @@ SLOW = (
     "test_golden",
     "test_pipelines",
     "test_evaluate",
+    "test_protocol",
     "test_retrainer",
     "test_cleaning",
     "test_probe",
