@@ -103,6 +103,8 @@ def test_evaluations_of_one_test_sample_have_no_interval_and_say_so(
         ("lds", "lds", {"retrainings": 10}),
         ("loo", "spearman", {"samples": "0-4"}),
         ("smoothness", "agreement", {}),
+        ("qld", "harmful_over_random", {}),
+        ("subset", "flipped", {}),
     ):
         found = hydra_pipe.evaluate(file, run, kind, **options)
         assert all(

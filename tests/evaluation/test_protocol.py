@@ -64,6 +64,12 @@ def test_a_share_is_rounded_and_a_half_keeps_the_subsets_of_the_default() -> Non
         assert half(3, n).sum() == n // 2
 
 
+def test_a_half_that_is_asked_for_is_the_half_of_the_default(case: tuple[str, Path]) -> None:
+    assert hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra").is_new
+    again = hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra", drop=0.5)
+    assert not again.is_new
+
+
 def test_lds_scores_what_dropping_a_small_share_does(case: tuple[str, Path]) -> None:
     kept = np.stack([random_weights(i, N, DROPPED, _SEED) for i in range(12)])
     np.testing.assert_array_equal((kept == 0).sum(axis=1), DROPPED)
