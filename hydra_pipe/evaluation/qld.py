@@ -204,8 +204,9 @@ def measured(losses: F64, n_methods: int) -> Measured:
     drawn = changes[:, :RANDOM_DRAWS]
     of_queries = changes[:, RANDOM_DRAWS:].reshape(n_seeds, n_methods, n_queries, 2, n_queries)
     own = np.einsum("smqhq->mhsq", of_queries)
-    whole = np.isfinite(drawn).all(axis=(0, 2))
+    # A query whose loss is infinite with all samples has no change after any retraining.
     kept = np.isfinite(own).all(axis=(0, 1, 2))
+    whole = np.isfinite(drawn[..., kept]).all(axis=(0, 2))
     if not whole.any() or not kept.any():
         raise NonFiniteError(
             f"{diverged} of {finite.shape[0] * finite.shape[1]} retrainings diverged: this "

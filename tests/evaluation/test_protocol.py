@@ -238,6 +238,8 @@ def test_retrainings_that_diverge_take_their_queries_and_draws_with_them() -> No
     np.testing.assert_allclose(found.random[:, 0, 0], losses[0, 2:11, 0] - losses[0, 0, 0])
     helpful, harmful = losses[0, 11:13, 0] - losses[0, 0, 0]
     np.testing.assert_allclose(found.sides[0, :, 0, 0], [helpful, harmful])
+    losses[0, :, 1] = np.inf
+    assert measured(losses, 1).random.shape == (RANDOM_DRAWS - 1, 1, 1), "query 1 is lost alone"
     losses[0, 0] = np.nan
     with pytest.raises(NonFiniteError, match="too unstable"):
         measured(losses, 1)
