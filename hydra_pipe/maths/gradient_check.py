@@ -17,6 +17,9 @@ from hydra_pipe.types import F64
 
 # Rounding of a sum, relative to the summed norms of its terms, in units of the dtype's epsilon.
 _ROUNDING = 4.0
+# Norms below this are no gradients: their terms are below the least normal float32, where rounding
+# is not relative.
+_LEAST_NORM = 1024 * float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Balance:
         scalar: c of each step, the gradient in use over the sum of the rows, shape (step,).
         imbalance: |G_b - c E_b| over the summed norms of the rows, shape (step, block). The norm of
             a row is taken as its largest element times the square root of its size. So this is a
-            lower bound.
+            lower bound. Norms below some 1e-35 count as 1e-35.
     """
 
     scalar: F64
@@ -65,10 +68,10 @@ def balance(
     norms = np.sqrt(np.add.reduceat(grads**2, starts, axis=1))
     # Rows that are all zero leave nothing to divide by. They explain nothing of the gradient.
     reference = np.abs(scalars)[:, None] * magnitude
-    reference = np.where(reference == 0.0, norms, reference)
+    reference = np.maximum(np.where(reference == 0.0, norms, reference), _LEAST_NORM)
     # A reference that is not finite explains nothing, and not-a-number is over any limit.
     residual = np.where(np.isfinite(reference), residual, np.nan)
-    imbalance = np.divide(residual, reference, out=np.zeros_like(residual), where=reference != 0.0)
+    imbalance = residual / reference
     # Next to norms that have overflowed, any difference would look like none.
     imbalance[~np.isfinite(reference)] = np.inf
     return Balance(scalars, imbalance)

@@ -282,3 +282,15 @@ def test_the_steps_of_one_call_are_balanced_each_by_itself() -> None:
         assert books.scalar[k] == pytest.approx(alone.scalar[0], rel=1e-12)
         assert books.imbalance[k] == pytest.approx(alone.imbalance[0], rel=1e-9, abs=1e-15)
     assert (books.imbalance.max(1) > LIMIT).tolist() == [False, True, False]
+
+
+def test_gradients_below_the_least_normal_number_are_not_held_to_their_rounding() -> None:
+    """Of five positions each that vanish there, one sum keeps nothing and the other three units."""
+    unit = 2.0**-149
+    expected = [torch.ones(3), torch.tensor([0.0, 4 * unit])]
+    actual = [torch.ones(3), torch.tensor([3 * unit, unit])]
+    books = balance(expected, actual, np.array([3.0, 5 * unit]))
+    assert books.scalar == 1.0
+    assert books.imbalance.max() < LIMIT / 100
+    # A gradient a million times as large is one.
+    assert balance([torch.zeros(2)], [torch.full((2,), 1e-34)], np.zeros(1)).imbalance[0] > LIMIT
