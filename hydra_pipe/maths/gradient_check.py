@@ -17,9 +17,9 @@ from hydra_pipe.types import F64
 
 # Rounding of a sum, relative to the summed norms of its terms, in units of the dtype's epsilon.
 _ROUNDING = 4.0
-# Norms below this are no gradients: their terms are below the least normal float32, where rounding
-# is not relative.
-_LEAST_NORM = 1024 * float(np.finfo(np.float32).tiny)
+# Norms below this, 1.1e-19, are no gradients. Their squares are below the least normal float32,
+# where rounding is not relative, and the norms of rows vanish.
+_LEAST_NORM = float(np.sqrt(np.finfo(np.float32).tiny))
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Balance:
         scalar: c of each step, the gradient in use over the sum of the rows, shape (step,).
         imbalance: |G_b - c E_b| over the summed norms of the rows, shape (step, block). The norm of
             a row is taken as its largest element times the square root of its size. So this is a
-            lower bound. Norms below some 1e-35 count as 1e-35.
+            lower bound. Norms below 1.1e-19 count as 1.1e-19.
     """
 
     scalar: F64

@@ -285,12 +285,15 @@ def test_the_steps_of_one_call_are_balanced_each_by_itself() -> None:
 
 
 def test_gradients_below_the_least_normal_number_are_not_held_to_their_rounding() -> None:
-    """Of five positions each that vanish there, one sum keeps nothing and the other three units."""
+    """Of terms that vanish there, one sum keeps four units and the other one."""
     unit = 2.0**-149
     expected = [torch.ones(3), torch.tensor([0.0, 4 * unit])]
     actual = [torch.ones(3), torch.tensor([3 * unit, unit])]
     books = balance(expected, actual, np.array([3.0, 5 * unit]))
     assert books.scalar == 1.0
     assert books.imbalance.max() < LIMIT / 100
-    # A gradient a million times as large is one.
-    assert balance([torch.zeros(2)], [torch.full((2,), 1e-34)], np.zeros(1)).imbalance[0] > LIMIT
+    # The squares of these vanish.
+    books = balance([torch.full((2,), 1e-30)], [torch.full((2,), 2e-30)], np.zeros(1), 1.0)
+    assert books.imbalance.max() < LIMIT / 100
+    books = balance([torch.full((2,), 1e-18)], [torch.full((2,), 2e-18)], np.zeros(1), 1.0)
+    assert books.imbalance.max() > LIMIT
