@@ -80,8 +80,9 @@ def _grouped(
         bias: contribution of the bias, with the same output factor. None if the bias is not wanted.
     """
     if groups == 1:
-        left = bias.left if isinstance(bias, Factors) else lefts.transpose(1, 2)
-        return Factors(left, patches)
+        if isinstance(bias, Factors):
+            return Factors(bias.left, patches, bias)
+        return Factors(lefts.transpose(1, 2), patches)
     batch, positions = len(lefts), lefts.shape[2]
     rows = lefts.new_empty(batch * groups, lefts.shape[1] // groups, patches.n_pixels // groups)
     if row_kernels.takes(lefts, patches.pixels):

@@ -118,6 +118,8 @@ class Capture:
         self._calls: list[Call] = []
         self._releasing: set[int] = set()
         self._passes_open = 0
+        # nodes that add to `.grad`: to look one up takes longer than to ask for it
+        self._nodes: dict[nn.Parameter, Any] = {}
         self._attribution = Attribution(self, model, parameters, names, probes=how.probes)
         self._depth = _Depth()
         self._handles: list[Any] = []
@@ -218,6 +220,7 @@ class Capture:
         """Remove every hook."""
         self.pause()
         self.release()
+        self._nodes.clear()
         for handle in self._handles:
             handle.remove()
         for handles in self._container_handles.values():
@@ -435,11 +438,15 @@ class Capture:
         if parameter is None:
             return True
         try:
-            return bool(
-                torch._C._will_engine_execute_node(
-                    torch.autograd.graph.get_gradient_edge(parameter).node
-                )
-            )
+            known = self._nodes.get(parameter)
+            if known is not None and torch._C._will_engine_execute_node(known):
+                return True
+            # autograd has made another node if the parameter's data have another type since
+            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            # on a device, a node that is kept would be bound to the stream of its first use
+            if parameter.device.type == "cpu":
+                self._nodes[parameter] = node
+            return bool(torch._C._will_engine_execute_node(node))
         except RuntimeError:
             return None
 
