@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from hydra_pipe.per_sample.registry import register_layer_rule
     from hydra_pipe.probing import probe
     from hydra_pipe.recording.content_keys import content_keys
-    from hydra_pipe.recording.optimizers import OptimizerRule, register_optimizer_rule
+    from hydra_pipe.recording.optimizer_rules import OptimizerRule
+    from hydra_pipe.recording.optimizers import register_optimizer_rule
     from hydra_pipe.recording.pending import StepNote
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.tracking import TrackedLoader
@@ -81,7 +82,7 @@ _HOMES = {
     "Evaluation": ("hydra_pipe.evaluation.run", "Evaluation"),
     "Fault": ("hydra_pipe.store.integrity.faults", "Fault"),
     "HydraError": ("hydra_pipe.errors", "HydraError"),
-    "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),
+    "OptimizerRule": ("hydra_pipe.recording.optimizer_rules", "OptimizerRule"),
     "Pipeline": ("hydra_pipe.training.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
     "ReductionPlan": ("hydra_pipe.reduction.run", "ReductionPlan"),

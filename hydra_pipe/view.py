@@ -18,7 +18,6 @@ from hydra_pipe.rewinding.step import Rewind, rewound
 from hydra_pipe.store import names
 from hydra_pipe.store.data.combined import Combined, open_combined
 from hydra_pipe.store.data.gradients import (
-    BLOCK_COLUMNS,
     GROUP_COLUMNS,
     STEP_COLUMNS,
     Gradients,
@@ -148,7 +147,7 @@ class Run:
         rows[names.N_ROWS] = counts.sum(axis=1)
         return rows | {
             name: self.gradients.step_table(name)
-            for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)
+            for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *self.gradients.block_columns)
         }
 
     def relevance_array(self, method: str = DEFAULT_METHOD) -> "zarr.Array[Any]":

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hydra_pipe.maths.adam import rank_one
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -251,6 +253,18 @@ def influence(
     """
     fisher = (gradients.T * weights) @ gradients / len(gradients)
     return gradients @ np.linalg.inv(fisher + np.diag(damping)) @ tests.T / len(gradients)
+
+
+def nearest_outer_products(root: dict[str, Tensor], factored: Sequence[str]) -> dict[str, Tensor]:
+    """Of factored weights, and the biases that share their columns, the outer product that is
+    nearest to `root`.
+    """
+    found = {}
+    for name in factored:
+        bias = name.removesuffix("weight") + "bias"
+        a, b = rank_one(torch.cat([root[name], root[bias][:, None]], 1))
+        found[name], found[bias] = torch.outer(a, b[:-1]).double(), (a * b[-1]).double()
+    return found
 
 
 def in_float64(model: nn.Module) -> nn.Module:

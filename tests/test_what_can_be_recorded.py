@@ -1051,12 +1051,35 @@ OPTIMIZERS: dict[str, Callable[[Path], object]] = {
         under(torch.optim.AdamW, fused=True), under(torch.optim.SGD, foreach=True)
     ),
     "Parameter groups": under(in_groups),
-    "`amsgrad=True`": refused_model(mlp, lambda m: torch.optim.Adam(m.parameters(), amsgrad=True)),
-    "`maximize=True`": refused_model(
-        mlp, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True)
+    "`amsgrad=True`": under(torch.optim.Adam, amsgrad=True),
+    "`NAdam`": several(
+        under(torch.optim.NAdam, weight_decay=0.1),
+        under(torch.optim.NAdam, weight_decay=0.1, decoupled_weight_decay=True),
+    ),
+    "`RAdam`": under(torch.optim.RAdam),
+    "`RAdam` with a beta2 of 2/3 or less": refused_model(
+        mlp, lambda m: torch.optim.RAdam(m.parameters(), betas=(0.9, 2 / 3))
+    ),
+    "`RMSprop`": several(
+        under(torch.optim.RMSprop), under(torch.optim.RMSprop, momentum=0.9, centered=True)
+    ),
+    "`Adagrad`": under(torch.optim.Adagrad, lr_decay=0.1),
+    "`maximize=True`": several(
+        under(torch.optim.SGD, momentum=0.9, maximize=True),
+        lambda run: recorded(
+            run,
+            losses=lambda model: -of_means(model),
+            optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=0.1, maximize=True),
+        ),
+    ),
+    "`maximize=True` in some groups": refused_model(
+        mlp,
+        lambda m: torch.optim.SGD(
+            [{"params": m[0].parameters(), "maximize": True}, {"params": m[2].parameters()}], lr=0.1
+        ),
     ),
     "`LBFGS`": refused_model(mlp, lambda m: torch.optim.LBFGS(m.parameters())),
-    "Other optimizers": refused_model(mlp, lambda m: torch.optim.Adagrad(m.parameters())),
+    "Other optimizers": refused_model(mlp, lambda m: torch.optim.Adadelta(m.parameters())),
     "A subclass of one that is known": refused_model(mlp, lambda m: Mine(m.parameters(), lr=0.1)),
     "Several optimizers": refused_model(mlp, lambda m: [sgd(m[0]), sgd(m[2])]),
 }

@@ -26,7 +26,12 @@ def root_preconditioner(moment: Tensor, update: int, beta2: float, eps: float) -
         beta2, eps: settings of Adam.
     """
     unbiased = moment / (1.0 - beta2**update)
-    return torch.where(unbiased > 0, unbiased.sqrt().add_(eps).rsqrt_(), 0.0)
+    return inverse_root(unbiased, eps, present=unbiased > 0)
+
+
+def inverse_root(square: Tensor, eps: float, present: Tensor) -> Tensor:
+    """Return the root of 1 / (sqrt(square) + eps), the shape of `square`; 0 if not `present`."""
+    return torch.where(present, square.sqrt().add_(eps).rsqrt_(), 0.0)
 
 
 def rank_one(root: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,10 +46,11 @@ def saturation(
 ) -> float:
     """Return kappa of a step.
 
-    kappa is f times the length that the step goes along a constant gradient, eta (1 - tau) /
-    (1 - mu). It is never so small that a step could ring. Heavy ball is stable if eta (1 - tau)
-    times the curvature is below 2 (1 + mu). Nesterov's form is stable below 2 (1 + mu) /
-    (1 + 2 mu). The curvature is at most 1 / kappa.
+    kappa is f times the length that the step goes along a constant gradient: eta (1 - tau) /
+    (1 - mu), in Nesterov's form eta (1 - mu tau) / (1 - mu). It is never so small that a step could
+    ring. Heavy ball is stable if eta (1 - tau) times the curvature is below 2 (1 + mu). Nesterov's
+    form is stable if eta (1 + mu + mu (1 - tau)) times the curvature is. The curvature is at most
+    1 / kappa.
 
     Args:
         learning_rate, momentum, dampening, nesterov: settings of the step; momentum below 1.
@@ -58,11 +59,13 @@ def saturation(
     Returns:
         kappa, in units of the learning rate.
     """
-    step = learning_rate * (1.0 - dampening) if momentum else learning_rate
-    stable = step * ((1.0 + 2.0 * momentum) if nesterov else 1.0) / (2.0 * (1.0 + momentum))
+    gain = 1.0 - dampening if momentum else 1.0
+    times = 1.0 + momentum + momentum * gain if nesterov else gain
+    stable = learning_rate * times / (2.0 * (1.0 + momentum))
     # Momentum of 1 never forgets, so its length is infinite. The length after a hundred steps is
     # as good as any.
-    return max(factor * step / max(1.0 - momentum, 0.01), stable)
+    length = 1.0 - momentum * dampening if nesterov else gain
+    return max(factor * learning_rate * length / max(1.0 - momentum, 0.01), stable)
 
 
 def saturated(gram: F64, scores: F64) -> tuple[F64, float]:

@@ -55,13 +55,15 @@ def balance(
         starts: first feature of each block, shape (block,).
         magnitude: upper bound of the summed norms of the block's rows, shape (step, block).
         eps: epsilon of the dtype that the rows were summed in.
-        scalar: c, if it is known. None: the least-squares estimate over all blocks, but 1 if the
-            estimate differs from 1 by no more than rounding explains.
+        scalar: c, if it is known. None: the least-squares estimate over all blocks, but 1 or -1 if
+            the estimate differs from it by no more than rounding explains.
     """
     if scalar is None:
         scalars = _least_squares(sums, grads)
         rounding = _ROUNDING * eps * np.linalg.norm(magnitude, axis=1)
-        scalars[np.abs(scalars - 1.0) * np.linalg.norm(sums, axis=1) <= rounding] = 1.0
+        whole = np.copysign(1.0, scalars)
+        near = np.abs(scalars - whole) * np.linalg.norm(sums, axis=1) <= rounding
+        scalars[near] = whole[near]
     else:
         scalars = np.full(len(sums), scalar)
     residual = np.sqrt(np.add.reduceat((grads - scalars[:, None] * sums) ** 2, starts, axis=1))

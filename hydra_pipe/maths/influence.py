@@ -26,7 +26,8 @@ DAMPING = 1.0
 def inverse_damping(schedule: Schedule) -> F64:
     """Return 1 / Lambda = s / (1 + decay).
 
-    s is the sum over steps of eta (1 - tau) / (1 - mu). decay is the same sum with each term times
+    s is the sum over steps of eta (1 - tau) / (1 - mu), or of Nesterov's eta (1 - mu tau) /
+    (1 - mu). decay is the same sum with each term times
     lambda.
 
     Args:
@@ -39,7 +40,8 @@ def inverse_damping(schedule: Schedule) -> F64:
     # as good as any.
     gain = np.where(
         schedule.momentum > 0,
-        (1.0 - schedule.dampening) / np.maximum(1.0 - schedule.momentum, 0.01),
+        (1.0 - schedule.dampening * np.where(schedule.nesterov, schedule.momentum, 1.0))
+        / np.maximum(1.0 - schedule.momentum, 0.01),
         1.0,
     )
     length = schedule.learning_rate * gain * schedule.updated

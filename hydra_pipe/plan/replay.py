@@ -36,7 +36,7 @@ class ReplayInput:
         recording: sizes and budget.
         n_steps: number of steps that are replayed.
         parameter_bytes: bytes of all parameters that training moves.
-        n_states: optimiser states of each parameter: 1 (SGD), 2 (Adam).
+        n_states: optimiser states of each parameter, such as 1 of SGD and 2 of Adam.
         state_bytes: bytes of the state from which training resumes.
         batch_bytes: bytes of a step's inputs and targets.
         graph_bytes: bytes that the graph of a batch's loss and gradient saves.

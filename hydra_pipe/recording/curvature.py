@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -87,6 +88,10 @@ class _Group:
             one.output = one.gradient = None
 
 
+def _negative(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
+    return -loss(output, target)
+
+
 def _fitting(passes: Sequence[_Pass], link: Link) -> list[list[_Pass]]:
     """Return the passes that may end in `link` and were not compared with it, by their form."""
     groups: dict[tuple[object, ...], list[_Pass]] = {}
@@ -129,10 +134,12 @@ class CurvatureWatch:
 
     Args:
         targets: check of the targets against the labels.
+        climbs: True if the optimiser maximises the loss. The step's curvature is then of the loss
+            times -1.
     """
 
-    def __init__(self, targets: TargetCheck) -> None:
-        self._targets = targets
+    def __init__(self, targets: TargetCheck, *, climbs: bool = False) -> None:
+        self._targets, self._climbs = targets, climbs
         # for each step with shares: its column, its number of samples, and the place of the row
         # that gives each share its curvature
         self._shared: list[tuple[NDArray[np.float32], int, NDArray[np.int64]]] = []
@@ -182,11 +189,15 @@ class CurvatureWatch:
                 ((f, y) for f, o, y in self._told if address_of(o) == address_of(seen.output)), None
             )
             own = samples[rows] if shares is None else samples[:0]
+            gradient = seen.gradient
+            if self._climbs:
+                gradient = None if gradient is None else -gradient
+                told = None if told is None else (partial(_negative, told[0]), told[1])
             self._waiting.append(
                 _Pass(
                     seen.output,
                     seen.version,
-                    seen.gradient,
+                    gradient,
                     seen.output.shape[1] if seen.output.dim() == 2 else 0,
                     batch,
                     found[rows],
@@ -281,7 +292,8 @@ class CurvatureWatch:
         filled: list[_Pass] = []
         for one, found, is_known in zip(passes, of_passes, known, strict=True):
             if is_known:
-                one.out.curvature[:], one.out.losses[:] = found.curvature, found.losses
+                one.out.curvature[:] = found.curvature
+                one.out.losses[:] = self._as_given(found.losses)
                 one.out.targets[:] = found.targets
                 filled.append(one)
             else:
@@ -301,9 +313,14 @@ class CurvatureWatch:
         loss, target = one.told
         # forked: a loss may draw from the generator that the training uses
         with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
-            one.out.curvature[:], one.out.losses[:] = curvature_weights(
+            one.out.curvature[:], losses = curvature_weights(
                 loss, one.output, target, one.gradient, one.batch
             )
+        one.out.losses[:] = self._as_given(losses)
+
+    def _as_given(self, losses: F32) -> F32:
+        """Return losses as the loop has them."""
+        return -losses if self._climbs else losses
 
     def _check_targets(self, passes: Sequence[_Pass]) -> None:
         """Check the targets of passes of one form whose loss is cross-entropy with classes.

@@ -10,25 +10,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import RecordError
-from hydra_pipe.recording.optimizers import OptimizerRule, gradients_in_use
-from hydra_pipe.store.data.gradients import GROUP_COLUMNS
+from hydra_pipe.recording.optimizer_rules import OptimizerRule
+from hydra_pipe.recording.optimizers import gradients_in_use
+from hydra_pipe.store.data.gradients import GROUP_COLUMNS, PACE_COLUMNS
 
 _NO_STATE: Mapping[str, Any] = {}
 _STEP = "step"
+_STEP_FACTOR = "step_factor"
 
 
 @dataclass(frozen=True)
 class _Deferred:
-    """Step factors of one step whose counts of updates are on a device.
+    """Factors of one step whose counts of updates are on a device.
 
     Args:
-        factors: the step's factors by block, to be filled in.
+        factors: the step's factors by column and block, to be filled in.
         blocks: blocks to fill in.
         groups: settings of their parameter groups as they were.
         counts: number of updates of each block before the step, shape (block,), on the device.
     """
 
-    factors: list[float]
+    factors: Mapping[str, list[float]]
     blocks: Sequence[int]
     groups: Sequence[Mapping[str, Any]]
     counts: Tensor
@@ -113,7 +115,8 @@ class OptimizerReader:
         groups = self._optimizer.param_groups
         of_groups = [self._rule.settings(group) for group in groups]
         rule, states = self._rule, self._optimizer.state
-        started, factors = [], []
+        started = []
+        factors: dict[str, list[float]] = {name: [] for name in self._names}
         on_device: list[tuple[int, int, Tensor]] = []
         for index, ((parameter, group), gradient) in enumerate(
             zip(self._trained, gradients, strict=True)
@@ -123,9 +126,11 @@ class OptimizerReader:
             count = state.get(_STEP)
             if isinstance(count, Tensor) and count.device.type != "cpu":
                 on_device.append((index, group, count))
-                factors.append(nan)
+                found = dict.fromkeys(factors, nan)
             else:
-                factors.append(rule.step_factor(state, groups[group]))
+                found = self._factors(state, groups[group])
+            for name, column in factors.items():
+                column.append(found[name])
         if on_device:
             kept = {group: dict(groups[group], params=()) for _, group, _ in on_device}
             self._deferred.append(
@@ -140,7 +145,16 @@ class OptimizerReader:
             name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS
         }
         updated = [gradient is not None for gradient in gradients]
-        return values | {"updated": updated, "momentum_started": started, "step_factor": factors}
+        return values | {"updated": updated, "momentum_started": started} | factors
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (_STEP_FACTOR, *(PACE_COLUMNS if self._rule.has_paces else ()))
+
+    def _factors(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, float]:
+        """Return the factors of a block's step, by column."""
+        paces = self._rule.paces(state, group) if self._rule.has_paces else ()
+        return dict(zip(self._names, (self._rule.step_factor(state, group), *paces), strict=True))
 
     def take(self) -> list[Tensor]:
         """Return the values that `fill` needs on the host, on their devices."""
@@ -155,4 +169,5 @@ class OptimizerReader:
         deferred, self._deferred = self._deferred, []
         for one, counts in zip(deferred, values, strict=True):
             for block, group, count in zip(one.blocks, one.groups, counts, strict=True):
-                one.factors[block] = self._rule.step_factor({_STEP: float(count)}, group)
+                for name, value in self._factors({_STEP: float(count)}, group).items():
+                    one.factors[name][block] = value

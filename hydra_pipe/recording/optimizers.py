@@ -1,123 +1,30 @@
-"""The facts of an optimiser that the sweep needs, read at each step just before the update."""
+"""The rule of each kind of optimiser, and what of an optimiser cannot be recorded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import OptimizerError
-from hydra_pipe.maths.adam import root_preconditioner
-
-# a parameter's entry in `optimizer.state`, and its group in `optimizer.param_groups`
-State = Mapping[str, Any]
-Group = Mapping[str, Any]
-
-
-class OptimizerRule:
-    """A rule that writes one optimiser's update as momentum SGD, possibly in its own coordinates.
-
-    A subclass and `register_optimizer_rule` teach a new rule. The sweep (docs/architecture.md)
-    is exact for an update of the form
-
-        v = mu v + (1 - tau) G,   G = gradient + weight_decay theta,
-        theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v
-
-    with P = 1, or with an elementwise P that is not negative. Of P, the recording keeps the one of
-    its end, and of each moment at which test gradients are taken.
-    """
-
-    #: True if P is not 1; then the root of P is stored beside the test gradients.
-    preconditioned = False
-
-    def check(self, group: Group, index: int) -> None:
-        """Refuse options whose update is of another form. Raises: OptimizerError."""
-
-    def settings(self, group: Group) -> dict[str, float]:
-        """Return the group's columns of the step tables.
-
-        The columns are learning_rate, momentum, dampening, weight_decay, nesterov and
-        decoupled_decay.
-        """
-        raise NotImplementedError
-
-    def starts_momentum(self, state: State, group: Group) -> bool:
-        """Tell whether this step sets v to G, whatever tau is."""
-        return False
-
-    def step_factor(self, state: State, group: Group) -> float:
-        """Return the further factor of the learning rate at this step."""
-        return 1.0
-
-    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
-        """Return the root of P after the latest step, the shape of `parameter`; None if P is 1."""
-        return None
-
-
-class SgdRule(OptimizerRule):
-    """torch.optim.SGD with momentum, dampening, Nesterov and weight decay."""
-
-    def settings(self, group: Group) -> dict[str, float]:
-        return {
-            "learning_rate": float(group["lr"]),
-            "momentum": float(group["momentum"]),
-            "dampening": float(group["dampening"]),
-            "weight_decay": float(group["weight_decay"]),
-            "nesterov": float(group["nesterov"]),
-            "decoupled_decay": 0.0,
-        }
-
-    def starts_momentum(self, state: State, group: Group) -> bool:
-        return bool(group["momentum"] != 0.0) and state.get("momentum_buffer") is None
-
-
-class AdamRule(OptimizerRule):
-    """The rule of torch.optim.Adam and AdamW, with coupled or decoupled weight decay."""
-
-    preconditioned = True
-
-    def check(self, group: Group, index: int) -> None:
-        if group.get("amsgrad"):
-            raise OptimizerError(
-                f"parameter group {index} has amsgrad=True, whose update is not handled: use "
-                "amsgrad=False"
-            )
-
-    def settings(self, group: Group) -> dict[str, float]:
-        rate, decay, beta1 = (
-            float(group["lr"]),
-            float(group["weight_decay"]),
-            float(group["betas"][0]),
-        )
-        decoupled = bool(group.get("decoupled_weight_decay"))
-        return {
-            "learning_rate": rate,
-            "momentum": beta1,
-            "dampening": beta1,
-            "weight_decay": 0.0 if decoupled else decay,
-            "nesterov": 0.0,
-            "decoupled_decay": rate * decay if decoupled else 0.0,
-        }
-
-    def step_factor(self, state: State, group: Group) -> float:
-        return float(1.0 / (1.0 - float(group["betas"][0]) ** (self._updates(state) + 1)))
-
-    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
-        moment = state.get("exp_avg_sq")
-        if moment is None:  # never updated, so that it has no rows either
-            return torch.zeros_like(parameter)
-        beta2, eps = float(group["betas"][1]), float(group["eps"])
-        return root_preconditioner(moment, self._updates(state), beta2, eps)
-
-    @staticmethod
-    def _updates(state: State) -> int:
-        return int(state.get("step", 0))
-
+from hydra_pipe.recording.optimizer_rules import (
+    AdagradRule,
+    AdamRule,
+    NAdamRule,
+    OptimizerRule,
+    RAdamRule,
+    RmsPropRule,
+    SgdRule,
+)
 
 _RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
     torch.optim.SGD: SgdRule(),
     torch.optim.Adam: AdamRule(),
     torch.optim.AdamW: AdamRule(),
+    torch.optim.NAdam: NAdamRule(),
+    torch.optim.RAdam: RAdamRule(),
+    torch.optim.RMSprop: RmsPropRule(),
+    torch.optim.Adagrad: AdagradRule(),
 }
 
 
@@ -243,12 +150,21 @@ def gradients_in_use(
 ) -> list[Tensor | None]:
     """Return `gradients` as the step will use them.
 
-    A fused optimiser itself divides by the scale of a gradient scaler.
+    A fused optimiser itself divides by the scale of a gradient scaler. An optimiser that maximises
+    descends along the negative of the gradient.
     """
     scale = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return list(gradients)
-    return [None if g is None else g.detach() / scale.to(g) for g in gradients]
+    used = list(gradients)
+    if scale is not None:
+        used = [None if g is None else g.detach() / scale.to(g) for g in used]
+    if maximizes(optimizer):
+        used = [None if g is None else -g.detach() for g in used]
+    return used
+
+
+def maximizes(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether the optimiser climbs: then all of its parameter groups do."""
+    return any(group.get("maximize") for group in optimizer.param_groups)
 
 
 def check_optimizer(
@@ -267,10 +183,11 @@ def check_optimizer(
     rule = rule_of(optimizer)
     groups = {}
     for index, group in enumerate(optimizer.param_groups):
-        if group.get("maximize"):
+        if bool(group.get("maximize")) != maximizes(optimizer):
             raise OptimizerError(
-                f"parameter group {index} has maximize=True: minimise the negative of the loss "
-                "instead"
+                f"parameter group {index} has maximize=False and another one has maximize=True: "
+                "rows are of one loss, so give all groups the same, or train the groups that "
+                "maximise in a run of their own"
             )
         rule.check(group, index)
         for parameter in group["params"]:

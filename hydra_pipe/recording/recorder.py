@@ -29,7 +29,7 @@ from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.dynamics import DynamicsWatch
 from hydra_pipe.recording.loop import Between, Loop
 from hydra_pipe.recording.optimizer_reader import OptimizerReader
-from hydra_pipe.recording.optimizers import check_optimizer, innermost, rule_of
+from hydra_pipe.recording.optimizers import check_optimizer, innermost, maximizes, rule_of
 from hydra_pipe.recording.pending import PendingSteps, StepNote
 from hydra_pipe.recording.recorded_tests import TestGradients
 from hydra_pipe.recording.recording_stage import RecordingStage
@@ -80,7 +80,8 @@ class Recorder:
         model: the module in training; its modules are hooked until `close`. If several processes
             train it together, it is wrapped in DistributedDataParallel. Then each process gives the
             ids of its own samples, and all take the same number of steps.
-        optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
+        optimizer: torch.optim.SGD, Adam, AdamW or another that is known (docs/optimiser.md), over
+            the model's parameters.
         run: directory of the run.
         n_samples: size of the training set; sample ids are 0 to n_samples - 1.
         encoding: "exact" (lossless), "projected", or "auto" (lossless if it fits `dim`).
@@ -170,6 +171,7 @@ class Recorder:
             all_settings,
             len(optimizer.param_groups),
             preconditioned=rule.preconditioned,
+            paced=rule.has_paces,
             processes=self._processes,
             allocate=buffers_for(parameters[0].device),
         )
@@ -192,7 +194,7 @@ class Recorder:
             preconditioned=rule.preconditioned,
         )
         self._targets = TargetCheck(self._sample_labels)
-        self._curvature = CurvatureWatch(self._targets)
+        self._curvature = CurvatureWatch(self._targets, climbs=maximizes(optimizer))
         self._dynamics = DynamicsWatch(seed)
         self._pending = PendingSteps(
             self._collector,

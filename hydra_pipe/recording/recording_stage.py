@@ -40,6 +40,7 @@ class RecordingStage:
         settings: settings of the stage.
         n_groups: parameter groups of the optimiser.
         preconditioned: True if the optimiser has a preconditioner, which is stored beside the rows.
+        paced: True if the momentum differs by step and block.
         processes: processes that record together.
         allocate: maker of buffers, passed to `GradientsWriter`.
     """
@@ -51,12 +52,14 @@ class RecordingStage:
         n_groups: int,
         *,
         preconditioned: bool,
+        paced: bool,
         processes: Processes,
         allocate: Allocate,
     ) -> None:
         self.path = path
         self.writer: GradientsWriter | None = None
         self._settings, self._n_groups, self._preconditioned = settings, n_groups, preconditioned
+        self._paced = paced
         self._processes, self._allocate = processes, allocate
         # the run directory with the manifest, which only rank 0 writes
         self._directory: RunDirectory | None = None
@@ -127,6 +130,7 @@ class RecordingStage:
             run_id,
             dynamics=dynamics,
             preconditioned=self._preconditioned,
+            paced=self._paced,
             rank=self._processes.rank,
             n_ranks=self._processes.size,
             kept=kept,
@@ -264,6 +268,7 @@ class RecordingStage:
                     self._settings,
                     n_groups=self._n_groups,
                     preconditioned=self._preconditioned,
+                    paced=self._paced,
                 )
                 dtype = _dtype_of(store)
                 check(store.layout, dtype)

@@ -94,6 +94,7 @@ def open_to_go_on(
     *,
     n_groups: int,
     preconditioned: bool,
+    paced: bool,
 ) -> tuple[RunDirectory, Gradients]:
     """Open the run at `path`, if it is the run of `state` and has all its rows. Write nothing.
 
@@ -121,15 +122,17 @@ def open_to_go_on(
             f"{path} was recorded by {store.n_ranks} processes, the state counts "
             f"{len(state.part_rows)}: load the state of this run"
         )
-    if (store.n_groups, store.preconditioned) != (n_groups, preconditioned):
+    then = store.n_groups, store.preconditioned, store.paced
+    if then != (n_groups, preconditioned, paced):
         raise RunError(
-            f"{path} was recorded with {store.n_groups} parameter groups, "
-            f"{_kind(store.preconditioned)}; the optimizer has "
-            f"{n_groups}, {_kind(preconditioned)}: build the optimizer as it was"
+            f"{path} was recorded with {_kind(*then)}; the optimizer has "
+            f"{_kind(n_groups, preconditioned, paced)}: build the optimizer as it was"
         )
     store.check_kept(state.kept)
     return directory, store
 
 
-def _kind(preconditioned: bool) -> str:
-    return "with a preconditioner" if preconditioned else "without a preconditioner"
+def _kind(n_groups: int, preconditioned: bool, paced: bool) -> str:
+    what = "with a preconditioner" if preconditioned else "without a preconditioner"
+    pace = ", and a momentum that differs by step" if paced else ""
+    return f"{n_groups} parameter groups, {what}{pace}"

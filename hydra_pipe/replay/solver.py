@@ -26,6 +26,7 @@ from hydra_pipe.replay.products import batch_of, check_twice_differentiable
 from hydra_pipe.replay.sweep import ExactSweep, moving
 from hydra_pipe.replay.testing import test_gradients
 from hydra_pipe.replay.trajectory import Trajectory, restore, training_state
+from hydra_pipe.replay.updates import n_states
 from hydra_pipe.store import names
 from hydra_pipe.store.data.relevance import open_relevance, read_relevance, write_relevance
 from hydra_pipe.store.data.save_interval import SaveInterval
@@ -289,14 +290,15 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     column = (time.monotonic() - start) / columns
     restore(pipeline, state)
     parameter_bytes = sum(p.nbytes for p in parameters)
-    n_states = 1 if isinstance(pipeline.optimizer, torch.optim.SGD) else 2
+    optimizer = pipeline.optimizer
+    n_of_state = max(n_states(optimizer, group) for group in optimizer.param_groups)
     beside = sum(b.nbytes for b in pipeline.model.buffers())
     # the saved states of the random generators take some 30 KB
-    state_bytes = (1 + n_states) * parameter_bytes + beside + 2**15
+    state_bytes = (1 + n_of_state) * parameter_bytes + beside + 2**15
     cache_bytes = _CACHE_BYTES.get(device.type, _CACHE_BYTES["cuda"])
     sizes = {
         "parameter_bytes": parameter_bytes,
-        "n_states": n_states,
+        "n_states": n_of_state,
         "state_bytes": state_bytes,
         "batch_bytes": batch_bytes,
     }

@@ -21,10 +21,15 @@ from hydra_pipe.maths.unrolled import (
 from hydra_pipe.recording.optimizers import check_optimizer
 from hydra_pipe.replay.products import Batch, batch_of
 from hydra_pipe.replay.trajectory import Step, restore
+from hydra_pipe.replay.updates import (
+    adjoint_of_update,
+    differentiated,
+    is_differentiated,
+    n_states,
+    update_of,
+)
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.types import Floating
-
-_KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass
@@ -34,8 +39,8 @@ class _Trained:
     Args:
         place: index of the parameter in `moving(pipeline)`.
         group: index of its parameter group in the optimiser.
-        states: adjoints of the optimiser's state of the parameter: SGD's momentum buffer, or Adam's
-            two moments.
+        states: adjoints of the optimiser's state of the parameter, such as SGD's momentum buffer
+            or Adam's two moments.
     """
 
     place: int
@@ -59,16 +64,12 @@ class ExactSweep:
     ) -> None:
         self._pipeline, self._at_once = pipeline, at_once
         self._parameters = moving(pipeline)
-        self._is_adam = not isinstance(pipeline.optimizer, torch.optim.SGD)
-        groups = {
-            p: group
-            for p, (_, group) in check_optimizer(pipeline.optimizer, pipeline.model).items()
-        }
+        optimizer = pipeline.optimizer
+        groups = {p: group for p, (_, group) in check_optimizer(optimizer, pipeline.model).items()}
         self.a = tests
+        counts = [n_states(optimizer, group) for group in optimizer.param_groups]
         self._trained = [
-            _Trained(
-                i, groups[p], [torch.zeros_like(tests[i]) for _ in range(2 if self._is_adam else 1)]
-            )
+            _Trained(i, groups[p], [torch.zeros_like(tests[i]) for _ in range(counts[groups[p]])])
             for i, p in enumerate(self._parameters)
             if p in groups
         ]
@@ -136,11 +137,20 @@ class ExactSweep:
         return [None if g is None else g * scale for g in found]
 
     def _through_optimizer(self, own: _Trained, gradient: Tensor) -> Tensor:
-        parameter = self._parameters[own.place]
         group = self._pipeline.optimizer.param_groups[own.group]
-        state = self._pipeline.optimizer.state.get(parameter, {})
+        if not group.get("maximize"):
+            return self._through_update(own, gradient)
+        return -self._through_update(own, -gradient)
+
+    def _through_update(self, own: _Trained, gradient: Tensor) -> Tensor:
+        parameter, optimizer = self._parameters[own.place], self._pipeline.optimizer
+        group = optimizer.param_groups[own.group]
+        state = optimizer.state.get(parameter, {})
         a = self.a[own.place]
-        if not self._is_adam:
+        update = update_of(optimizer, group)
+        if update is not None:
+            return adjoint_of_update(update, group, state, parameter, gradient, a, own.states)
+        if isinstance(optimizer, torch.optim.SGD):
             return sgd_adjoint(_sgd_step(group, state), a, *own.states)
         step = _adam_step(group, state)
         if step.weight_decay and not step.decoupled:
@@ -154,14 +164,13 @@ def moving(pipeline: Pipeline) -> list[nn.Parameter]:
     The clipping of gradients counts all of them.
 
     Raises:
-        OptimizerError: the optimiser is not torch.optim.SGD, Adam or AdamW.
+        OptimizerError: the optimiser's update is not differentiated.
         PipelineError: a parameter is neither float32 nor float64.
     """
-    if type(pipeline.optimizer) not in _KNOWN:
-        known = ", ".join(kind.__name__ for kind in _KNOWN)
+    if not is_differentiated(pipeline.optimizer):
         raise OptimizerError(
-            f"hydra-exact differentiates {known}, not {type(pipeline.optimizer).__name__}: use "
-            "--method hydra-fisher"
+            f"hydra-exact differentiates {', '.join(differentiated())}, not "
+            f"{type(pipeline.optimizer).__name__}: use --method hydra-fisher"
         )
     found = [p for p in pipeline.model.parameters() if p.requires_grad]
     if half := [p.dtype for p in found if p.dtype not in (torch.float32, torch.float64)]:

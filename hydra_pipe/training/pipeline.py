@@ -18,7 +18,8 @@ class Pipeline:
 
     Args:
         model: the network, trained in place.
-        optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
+        optimizer: torch.optim.SGD, Adam, AdamW or another that is known (docs/optimiser.md), over
+            the model's parameters.
         loss: (output, target) -> one loss per sample, shape (batch,).
         train: map-style dataset of (input, target) pairs, or of mappings with the targets under
             "labels" or a similar key. Its indices are the sample ids. An input is a tensor, or a

@@ -1,15 +1,17 @@
 """Training of a pipeline with a recorder: the stage `record`, from settings to final message."""
 
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from hydra_pipe.errors import InterruptedRunError, PipelineError
+from hydra_pipe.errors import InterruptedRunError, PipelineError, RecordWarning
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.collectives import n_processes
+from hydra_pipe.recording.optimizers import maximizes
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.recording.settings import (
     check_options,
@@ -115,6 +117,14 @@ def record_run(
         # An earlier process may have been killed after completing the run, just before this line.
         remove_checkpoints(run / names.CHECKPOINTS)
         return False
+    if maximizes(pipeline.optimizer):
+        warnings.warn(
+            "the optimizer has maximize=True, so a large loss of a test sample is good. R > 0 says "
+            "that leaving the training sample out raises this loss, and tables call the sample "
+            "helpful: read helpful as harmful, or minimise the negative of the loss",
+            RecordWarning,
+            stacklevel=3,
+        )
     recorder = Recorder(
         pipeline.model,
         pipeline.optimizer,

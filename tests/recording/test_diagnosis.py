@@ -498,8 +498,8 @@ def zero_redundancy(model: nn.Module) -> Any:
             r"list is not handled: it is several optimizers.*in groups",
         ),
         (
-            lambda m: torch.optim.RMSprop(m.parameters()),
-            r"torch\.optim\.RMSprop is not handled\. hydra-pipe knows .*torch\.optim\.AdamW:",
+            lambda m: torch.optim.Adadelta(m.parameters()),
+            r"torch\.optim\.Adadelta is not handled\. hydra-pipe knows .*torch\.optim\.AdamW:",
         ),
     ],
     ids=["subclass", "namesake", "wrapper", "sharded", "several", "other"],

@@ -413,7 +413,8 @@ class TestWhatCannotGoOn:
             model, BUILDERS["adamw"](model), tmp_path / "run", n_samples=N_SAMPLES, dim=200
         )
         with pytest.raises(
-            RunError, match="without a preconditioner; the optimizer has 1, with a preconditioner"
+            RunError,
+            match="without a preconditioner; the optimizer has 1 parameter groups, with a",
         ):
             recorder.load_state_dict(state)
 

@@ -136,6 +136,9 @@ def swept(
         )
         nesterov = of("nesterov", t) > 0
         started = store.step_table("momentum_started")[t][block][:, None] > 0
+        if store.paced:
+            mu = mu * store.step_table("momentum_factor")[t][block][:, None]
+            tau = 1 - (1 - tau) * store.step_table("gain_factor")[t][block][:, None]
         gain = np.where(started, 1.0, 1 - tau)
         d = -eta * a
         has = mu != 0
@@ -143,14 +146,16 @@ def swept(
         g = np.where(has, np.where(nesterov, d + gain * v_new, gain * v_new), d)
         v = np.where(has, np.where(started, 0.0, mu * v_new), v)
         step = np.where(has, eta * (1 - tau), eta)
-        kappa = form.factor * step / np.maximum(1 - mu, 0.01)
+        length = np.where(nesterov, eta * (1 - mu * tau), step)
+        kappa = form.factor * length / np.maximum(1 - mu, 0.01)
         if floor:
-            kappa = np.maximum(kappa, step * np.where(nesterov, 1 + 2 * mu, 1.0) / (2 * (1 + mu)))
+            stable = np.where(nesterov, eta * (1 + mu) + mu * step, step)
+            kappa = np.maximum(kappa, stable / (2 * (1 + mu)))
         np.add.at(relevance, samples[own], -(r @ g))
         weight = counts[t][part[own]] * np.clip(
             np.where(np.isnan(rho[own]), 1.0, rho[own]), form.least, form.most
         )
-        curvature = (r.T * weight) @ r / c
+        curvature = (r.T * weight) @ r / abs(c)
         a = (
             (1 - shrink) * a
             + decay * g

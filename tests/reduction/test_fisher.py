@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from made_up import (
     relevance,
 )
 from support.compare import relative_error
-from support.pipelines import conv_pipeline, mlp_pipeline
+from support.pipelines import conv_pipeline, likelihood, mlp_pipeline
 from torch import nn
 
 import hydra_pipe
@@ -49,6 +50,14 @@ def plain() -> Pipeline:
     return pipeline
 
 
+def trained_by(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Pipeline:
+    pipeline = mlp_pipeline(epochs=3)
+    pipeline.optimizer = kind(pipeline.model.parameters(), **options)
+    if options.get("maximize"):
+        pipeline.loss = likelihood
+    return pipeline
+
+
 def dropout() -> Pipeline:
     pipeline = adamw(epochs=3)
     pipeline.model.insert(3, nn.Dropout(0.3))
@@ -62,9 +71,15 @@ BUILDERS: dict[str, Callable[[], Pipeline]] = {
     "no momentum": plain,
     "AdamW": adamw,
     "AdamW, dropout": dropout,
+    "NAdam": lambda: trained_by(torch.optim.NAdam, lr=0.02, momentum_decay=0.4),
+    "RAdam": lambda: trained_by(torch.optim.RAdam, lr=0.1),
+    "RMSprop": lambda: trained_by(torch.optim.RMSprop, lr=0.003, momentum=0.5),
+    "Adagrad": lambda: trained_by(torch.optim.Adagrad, lr=0.03),
+    "climbing": lambda: trained_by(torch.optim.SGD, lr=0.1, momentum=0.9, maximize=True),
 }
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer has maximize=True")
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_sweep_is_that_of_a_float64_loop(tmp_path: Path, name: str) -> None:
     hydra_pipe.record(BUILDERS[name](), tmp_path / "run", encoding="exact", dtype="float32")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from oracles import forward_relevance, one_by_one_gradients, record_by_loop
 from support.compare import relative_error
-from support.pipelines import conv_pipeline, cross_entropy, images
+from support.pipelines import conv_pipeline, cross_entropy, images, likelihood
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -57,9 +57,8 @@ def small(
         "scheduler": scheduler,
         "max_grad_norm": clip,
     } | changes
-    return Pipeline(
-        model=layers, optimizer=own, loss=cross_entropy, train=data[0], test=data[1], **options
-    )  # type: ignore[arg-type]
+    fields = {"loss": cross_entropy} | options
+    return Pipeline(model=layers, optimizer=own, train=data[0], test=data[1], **fields)  # type: ignore[arg-type]
 
 
 def losses_of(pipeline: Pipeline, weight: Tensor) -> np.ndarray:
@@ -138,6 +137,38 @@ CASES: dict[str, Callable[[], Pipeline]] = {
         adam(torch.optim.Adam, weight_decay=0.05, betas=(0.8, 0.95))
     ),
     "AdamW": lambda: small(adam(torch.optim.AdamW, weight_decay=0.1)),
+    "amsgrad": lambda: small(
+        adam(torch.optim.AdamW, weight_decay=0.1, amsgrad=True, betas=(0.8, 0.6)), clip=0.3
+    ),
+    "NAdam, coupled decay": lambda: small(
+        adam(torch.optim.NAdam, weight_decay=0.05, momentum_decay=0.4), cosine=True
+    ),
+    "NAdam, decoupled decay": lambda: small(
+        adam(torch.optim.NAdam, weight_decay=0.05, decoupled_weight_decay=True), clip=0.3
+    ),
+    "RAdam, coupled decay": lambda: small(
+        adam(torch.optim.RAdam, weight_decay=0.05, lr=0.1), epochs=4
+    ),
+    "RAdam, decoupled decay": lambda: small(
+        adam(torch.optim.RAdam, weight_decay=0.05, decoupled_weight_decay=True, lr=0.1), epochs=4
+    ),
+    "RMSprop": lambda: small(adam(torch.optim.RMSprop, weight_decay=0.05, lr=0.005)),
+    "RMSprop, centred, with momentum": lambda: small(
+        adam(torch.optim.RMSprop, centered=True, momentum=0.8, alpha=0.9, lr=0.003), clip=0.3
+    ),
+    "Adagrad": lambda: small(adam(torch.optim.Adagrad, weight_decay=0.05, lr_decay=0.1)),
+    "Adagrad, begun above 0": lambda: small(
+        adam(torch.optim.Adagrad, initial_accumulator_value=0.01), dropout=0.3
+    ),
+    "climbing by SGD": lambda: small(
+        sgd(momentum=0.9, weight_decay=0.01, lr=0.1, maximize=True), clip=0.3, loss=likelihood
+    ),
+    "climbing by AdamW": lambda: small(
+        adam(torch.optim.AdamW, weight_decay=0.1, maximize=True), loss=likelihood
+    ),
+    "climbing by NAdam": lambda: small(
+        adam(torch.optim.NAdam, weight_decay=0.1, maximize=True), loss=likelihood
+    ),
     "AdamW, clipped, dropout": lambda: small(
         adam(torch.optim.AdamW, weight_decay=0.1), clip=0.3, dropout=0.3, cosine=True
     ),
@@ -154,6 +185,7 @@ def exact(build: Callable[[], Pipeline], run: Path, **options: Any) -> np.ndarra
     return np.asarray(hydra_pipe.open_run(run).relevance(name))
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer has maximize=True")
 @pytest.mark.parametrize("case", CASES)
 def test_relevance_is_that_of_finite_differences_of_training(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -542,6 +574,7 @@ def test_an_optimizer_of_ones_own_is_refused() -> None:
         pass
 
     with pytest.raises(
-        OptimizerError, match="hydra-exact differentiates SGD, Adam, AdamW, not Own"
+        OptimizerError,
+        match=r"hydra-exact differentiates SGD, Adam, AdamW, RMSprop, .*, not Own: use --method",
     ):
         solver.moving(small(lambda model: Own(model.parameters(), lr=0.1)))

@@ -15,6 +15,11 @@ def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(output, target, reduction="none")
 
 
+def likelihood(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What an optimiser with maximize=True raises."""
+    return -cross_entropy(output, target)
+
+
 def images(n: int, seed: int, size: int = 8) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(0, 4, (n,), generator=generator)

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.optimizers import CASES, pipeline_of
 from support.pipelines import conv_pipeline, cross_entropy, images
 from support.processes import forked, record_and_die
 from support.recordings import contents, stages
@@ -81,7 +83,7 @@ BUILDERS: dict[str, Callable[[], Pipeline]] = {
     "SGD, clipped, two groups, cosine": lambda: conv_pipeline(epochs=4),
     "AdamW, dropout, augmented": dropout_pipeline,
     "AdamW, dropout, augmented, two workers": lambda: dropout_pipeline(2),
-}
+} | {case: partial(pipeline_of, case, epochs=4) for case in CASES}
 
 
 def facts(run: Path) -> object:
@@ -103,6 +105,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert hydra_pipe.verify(a) == []
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer has maximize=True")
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     tmp_path: Path, name: str

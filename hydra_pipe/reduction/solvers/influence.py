@@ -173,13 +173,15 @@ class _LastRows:
         """Return d_i = rho_i / N of each row, in the units of g_i, shape (row,), float64.
 
         If c |B| differs from the number of rows of the step in its process, the loss behind the
-        rows was scaled by the ratio of the two. rho was then scaled by the inverse of the ratio.
+        rows was scaled by the ratio of the two. rho was then scaled by the inverse of the ratio. A
+        ratio below 0 is of an optimiser that maximises. The loss times -1 has the same rho.
         """
         held, rows = piece.held, self._last[piece.places]
         rho = self.store.curvature(held.rows)[rows - held.rows.start].astype(np.float64)
         part = np.searchsorted(np.cumsum(self.store.rows.part_rows), rows, side="right")
         ratio = self._weights.values[held.steps, 0] / self._n_rows[held.steps, part]
-        return np.where(np.isnan(rho), 1.0, rho) / np.where(ratio > 0, ratio, np.inf) / len(self)
+        scaled = np.where(ratio != 0, np.abs(ratio), np.inf)
+        return np.where(np.isnan(rho), 1.0, rho) / scaled / len(self)
 
 
 def _by_samples(job: ReductionJob[InfluencePlan], rows: _LastRows) -> F64:

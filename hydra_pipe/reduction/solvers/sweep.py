@@ -273,8 +273,9 @@ def sweep_columns(
 
 def _step(running: Running[Any], rows: StepRows, scale: float) -> None:
     # The curvature of the mean loss is the sum of n rho r r.T. The update followed c times the
-    # gradient, so in terms of the rows c r the curvature is n rho / c (c r)(c r).T.
-    count = rows.count / np.float32(scale) if scale > 0 else np.zeros_like(rows.count)
+    # gradient, so in terms of the rows c r the curvature is n rho / |c| (c r)(c r).T. An optimiser
+    # that maximises has a c below 0, and follows the loss times -1, whose curvature this is.
+    count = rows.count / np.float32(abs(scale)) if scale else np.zeros_like(rows.count)
     running.take(rows, rows.scale * np.float32(scale), count)
 
 

@@ -45,6 +45,8 @@ GROUP_COLUMNS = {
 }
 # Tables by step and block.
 BLOCK_COLUMNS = {"updated": "uint8", "momentum_started": "uint8", "step_factor": "float64"}
+# Further tables by step and block, of an optimiser whose momentum differs by step.
+PACE_COLUMNS = {"momentum_factor": "float64", "gain_factor": "float64"}
 # Tables by step.
 STEP_COLUMNS = {names.GRADIENT_SCALE: "float64", names.LOSS: "float64", names.IMBALANCE: "float32"}
 # Tables by step, for each process: which of its rows belong to the step.
@@ -55,7 +57,9 @@ ROW_COLUMNS = (names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP, names.CURV
 DYNAMICS_COLUMNS = (names.LOSS, names.TARGET, names.LOGITS, names.TOP_CLASSES, names.LAST_INPUT)
 
 _GROUP_TABLES = {f"{names.STEPS}/{name}": dtype for name, dtype in GROUP_COLUMNS.items()}
-_BLOCK_TABLES = {f"{names.STEPS}/{name}": dtype for name, dtype in BLOCK_COLUMNS.items()}
+_BLOCK_TABLES = {
+    f"{names.STEPS}/{name}": dtype for name, dtype in (BLOCK_COLUMNS | PACE_COLUMNS).items()
+}
 _DTYPES = {
     names.SAMPLE: "int64",
     names.STEP: "int64",
@@ -314,7 +318,7 @@ class Gradients:
             StoreError: damaged.
             ScheduleError: the settings have values that no optimiser has.
         """
-        tables = {name: self.step_table(name) for name in BLOCK_COLUMNS}
+        tables = {name: self.step_table(name) for name in self.block_columns}
         series: dict[tuple[object, ...], int] = {}
         of_block: list[int] = []
         first_block: list[int] = []
@@ -332,6 +336,10 @@ class Gradients:
         settings["learning_rate"] = (
             settings["learning_rate"] * tables["step_factor"][:, first_block]
         )
+        if self.paced:
+            momentum, gain = (tables[name][:, first_block] for name in PACE_COLUMNS)
+            settings["momentum"] = settings["momentum"] * momentum
+            settings["dampening"] = 1.0 - (1.0 - settings["dampening"]) * gain
         flags = {
             name: tables[name][:, first_block].astype(bool)
             for name in ("updated", "momentum_started")
@@ -342,6 +350,16 @@ class Gradients:
     def preconditioned(self) -> bool:
         """True if the optimiser has a preconditioner D: reductions multiply by it."""
         return bool(self._root.attributes.get(names.PRECONDITIONED, False))
+
+    @property
+    def paced(self) -> bool:
+        """True if the momentum of a block differs by step: further tables have its factors."""
+        return bool(self._root.attributes.get(names.PACED, False))
+
+    @property
+    def block_columns(self) -> dict[str, str]:
+        """Names and dtypes of the tables by step and block."""
+        return BLOCK_COLUMNS | (PACE_COLUMNS if self.paced else {})
 
     def test_steps(self) -> list[int]:
         """Return the steps at which test gradients were taken, in order."""
@@ -463,7 +481,7 @@ class Gradients:
             expected |= {f"{part}{names.STEPS}/{name}": n_steps for name in ROWS_OF_STEP}
         expected |= {
             f"{names.STEPS}/{name}": n_steps
-            for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)
+            for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *self.block_columns)
         }
         if n_tests:
             checkpoint = f"{names.TEST}/{names.checkpoint_name(n_steps)}"

@@ -16,6 +16,7 @@ from hydra_pipe.store.data.gradients import (
     BLOCK_COLUMNS,
     DYNAMICS_COLUMNS,
     GROUP_COLUMNS,
+    PACE_COLUMNS,
     ROW_COLUMNS,
     ROWS_OF_STEP,
     STEP_COLUMNS,
@@ -52,6 +53,7 @@ class GradientsWriter:
         dynamics: sizes of the dynamics of a row. Default: no logits and no inputs.
         preconditioned: True if the optimiser has a preconditioner, whose root is beside the test
             gradients.
+        paced: True if the momentum differs by step and block, which further tables then tell.
         rank, n_ranks: number of this process, and number of processes that record together.
             Rank 0 makes the store. The others open it after that.
         kept: rows, steps, test gradients and labels to resume after. Everything later is
@@ -72,6 +74,7 @@ class GradientsWriter:
         *,
         dynamics: DynamicsShape = DynamicsShape(),  # noqa: B008 - a value
         preconditioned: bool = False,
+        paced: bool = False,
         rank: int = 0,
         n_ranks: int = 1,
         kept: ResumePoint | None = None,
@@ -85,7 +88,7 @@ class GradientsWriter:
                 names.LAYOUT: layout.to_json(),
                 names.PRECONDITIONED: preconditioned,
                 names.DYNAMICS: dynamics.to_json(),
-            }
+            } | ({names.PACED: True} if paced else {})
             self._root = _create(path, attributes, n_ranks)
         else:
             self._root = _open_shared(path, run_id)
@@ -113,7 +116,7 @@ class GradientsWriter:
             allocate,
         )
         own = [TableColumn(name, dtype) for name, dtype in ROWS_OF_STEP.items()]
-        shared = _shared_step_columns(n_groups, len(layout.blocks))
+        shared = _shared_step_columns(n_groups, len(layout.blocks), paced=paced)
         tables = [(part, [*own, *shared])]
         if n_ranks > 1:  # tables that all ranks share are written once
             tables = [(part, own), (self._root, shared)] if rank == 0 else [(part, own)]
@@ -155,7 +158,11 @@ class GradientsWriter:
             else 0
         )
         columns = [
-            *_shared_step_columns(self._n_groups, len(self.layout.blocks)),
+            *_shared_step_columns(
+                self._n_groups,
+                len(self.layout.blocks),
+                paced=bool(self._root.attributes.get(names.PACED)),
+            ),
             *(TableColumn(*c) for c in ROWS_OF_STEP.items()),
         ]
         step_bytes = sum(map(_bytes_of, columns))
@@ -394,7 +401,8 @@ def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Ta
     ]
 
 
-def _shared_step_columns(n_groups: int, n_blocks: int) -> list[TableColumn]:
+def _shared_step_columns(n_groups: int, n_blocks: int, *, paced: bool) -> list[TableColumn]:
+    of_blocks = BLOCK_COLUMNS | (PACE_COLUMNS if paced else {})
     return [
         *(
             TableColumn(name, dtype, (n_groups, names.GROUP_DIM))
@@ -402,7 +410,7 @@ def _shared_step_columns(n_groups: int, n_blocks: int) -> list[TableColumn]:
         ),
         *(
             TableColumn(name, dtype, (n_blocks, names.BLOCK_DIM))
-            for name, dtype in BLOCK_COLUMNS.items()
+            for name, dtype in of_blocks.items()
         ),
         *(TableColumn(name, dtype) for name, dtype in STEP_COLUMNS.items()),
     ]

@@ -1,0 +1,207 @@
+"""The rules of optimisers: their updates as momentum SGD in coordinates of their own.
+
+docs/methods.md, "Under each optimiser", derives each of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_pipe.errors import OptimizerError
+from hydra_pipe.maths.adam import inverse_root, root_preconditioner
+from hydra_pipe.maths.step_factors import nadam_pace, nadam_shares, radam_rectification
+
+# a parameter's entry in `optimizer.state`, and its group in `optimizer.param_groups`
+State = Mapping[str, Any]
+Group = Mapping[str, Any]
+
+# A number of updates after which the second moment's average is as long as it gets.
+_LATE = 10**6
+
+
+class OptimizerRule:
+    """A rule that writes one optimiser's update as momentum SGD, possibly in its own coordinates.
+
+    A subclass and `register_optimizer_rule` teach a new rule. The sweep (docs/architecture.md)
+    is exact for an update of the form
+
+        v = mu v + (1 - tau) G,   G = gradient + weight_decay theta,
+        theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v
+
+    with P = 1, or with an elementwise P that is not negative. Of P, the recording keeps the one of
+    its end, and of each moment at which test gradients are taken.
+    """
+
+    #: True if P is not 1; then the root of P is stored beside the test gradients.
+    preconditioned = False
+    #: True if `paces` are not 1; then they are stored in the step tables.
+    has_paces = False
+
+    def check(self, group: Group, index: int) -> None:
+        """Refuse options whose update is of another form. Raises: OptimizerError."""
+
+    def settings(self, group: Group) -> dict[str, float]:
+        """Return the group's columns of the step tables.
+
+        The columns are learning_rate, momentum, dampening, weight_decay, nesterov and
+        decoupled_decay.
+        """
+        raise NotImplementedError
+
+    def starts_momentum(self, state: State, group: Group) -> bool:
+        """Tell whether this step sets v to G, whatever tau is."""
+        return False
+
+    def step_factor(self, state: State, group: Group) -> float:
+        """Return the further factor of the learning rate at this step."""
+        return 1.0
+
+    def paces(self, state: State, group: Group) -> tuple[float, float]:
+        """Return the further factors of the momentum and of 1 - dampening at this step."""
+        return 1.0, 1.0
+
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        """Return the root of P after the latest step, the shape of `parameter`; None if P is 1."""
+        return None
+
+
+class SgdRule(OptimizerRule):
+    """torch.optim.SGD with momentum, dampening, Nesterov and weight decay."""
+
+    def settings(self, group: Group) -> dict[str, float]:
+        return {
+            "learning_rate": float(group["lr"]),
+            "momentum": float(group["momentum"]),
+            "dampening": float(group["dampening"]),
+            "weight_decay": float(group["weight_decay"]),
+            "nesterov": float(group["nesterov"]),
+            "decoupled_decay": 0.0,
+        }
+
+    def starts_momentum(self, state: State, group: Group) -> bool:
+        return bool(group["momentum"] != 0.0) and state.get("momentum_buffer") is None
+
+
+class AdamRule(OptimizerRule):
+    """The rule of torch.optim.Adam and AdamW, with coupled or decoupled weight decay."""
+
+    preconditioned = True
+
+    def settings(self, group: Group) -> dict[str, float]:
+        rate, decay, beta1 = (
+            float(group["lr"]),
+            float(group["weight_decay"]),
+            float(group["betas"][0]),
+        )
+        decoupled = bool(group.get("decoupled_weight_decay"))
+        return {
+            "learning_rate": rate,
+            "momentum": beta1,
+            "dampening": beta1,
+            "weight_decay": 0.0 if decoupled else decay,
+            "nesterov": 0.0,
+            "decoupled_decay": rate * decay if decoupled else 0.0,
+        }
+
+    def step_factor(self, state: State, group: Group) -> float:
+        return float(1.0 / (1.0 - float(group["betas"][0]) ** (_updates(state) + 1)))
+
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        moment = state.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+        if moment is None:  # never updated, so that it has no rows either
+            return torch.zeros_like(parameter)
+        beta2, eps = float(group["betas"][1]), float(group["eps"])
+        return root_preconditioner(moment, _updates(state), beta2, eps)
+
+
+class NAdamRule(AdamRule):
+    """The rule of torch.optim.NAdam: Nesterov's form with a momentum that differs by step."""
+
+    has_paces = True
+
+    def settings(self, group: Group) -> dict[str, float]:
+        return super().settings(group) | {"nesterov": 1.0}
+
+    def step_factor(self, state: State, group: Group) -> float:
+        return nadam_shares(_updates(state) + 1, *self._momentum(group))[0]
+
+    def paces(self, state: State, group: Group) -> tuple[float, float]:
+        beta1, decay = self._momentum(group)
+        if beta1 == 0.0:
+            return 1.0, 1.0
+        before, after = (nadam_pace(_updates(state) + n, beta1, decay) for n in (0, 1))
+        return after / before, after
+
+    @staticmethod
+    def _momentum(group: Group) -> tuple[float, float]:
+        return float(group["betas"][0]), float(group["momentum_decay"])
+
+
+class RAdamRule(AdamRule):
+    """The rule of torch.optim.RAdam. Its first steps, which have no preconditioner, count as 0."""
+
+    def check(self, group: Group, index: int) -> None:
+        if radam_rectification(_LATE, float(group["betas"][1])) is None:
+            raise OptimizerError(
+                f"parameter group {index} has beta2 = {group['betas'][1]}, with which RAdam never "
+                "uses its second moment: raise beta2 above 2/3, or use torch.optim.SGD"
+            )
+
+    def step_factor(self, state: State, group: Group) -> float:
+        rectification = radam_rectification(_updates(state) + 1, float(group["betas"][1]))
+        return 0.0 if rectification is None else rectification * super().step_factor(state, group)
+
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        # RAdam adds eps before the second moment is made unbiased
+        bias = 1.0 - float(group["betas"][1]) ** max(1, _updates(state))
+        return super().root(parameter, state, dict(group, eps=float(group["eps"]) * bias**-0.5))
+
+
+class RmsPropRule(OptimizerRule):
+    """The rule of torch.optim.RMSprop, centred or not, with and without momentum."""
+
+    preconditioned = True
+
+    def settings(self, group: Group) -> dict[str, float]:
+        return _undamped(group, float(group["momentum"]))
+
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        square = state.get("square_avg")
+        if square is None:
+            return torch.zeros_like(parameter)
+        variance = (square - state["grad_avg"] ** 2).clamp(min=0.0) if group["centered"] else square
+        return inverse_root(variance, float(group["eps"]), present=square > 0)
+
+
+class AdagradRule(OptimizerRule):
+    """The rule of torch.optim.Adagrad."""
+
+    preconditioned = True
+
+    def settings(self, group: Group) -> dict[str, float]:
+        return _undamped(group, 0.0)
+
+    def step_factor(self, state: State, group: Group) -> float:
+        return float(1.0 / (1.0 + _updates(state) * float(group["lr_decay"])))
+
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        return inverse_root(state["sum"], float(group["eps"]), present=state["sum"] > 0)
+
+
+def _undamped(group: Group, momentum: float) -> dict[str, float]:
+    """Return the settings of a group without dampening, whose weight decay is coupled."""
+    return {
+        "learning_rate": float(group["lr"]),
+        "momentum": momentum,
+        "dampening": 0.0,
+        "weight_decay": float(group["weight_decay"]),
+        "nesterov": 0.0,
+        "decoupled_decay": 0.0,
+    }
+
+
+def _updates(state: State) -> int:
+    """Return the number of updates before."""
+    return int(state.get("step", 0))

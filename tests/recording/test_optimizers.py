@@ -1,0 +1,220 @@
+"""Optimisers beside SGD and Adam: relevance against a float64 loop forward through their own
+updates, the rows, and the weights.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import in_float64, nearest_outer_products, one_by_one_gradients
+from rows import differences, stored_rows
+from support.compare import relative_error
+from support.optimizers import CASES, Kind, pipeline_of
+from support.pipelines import conv_net, cross_entropy
+from torch import Tensor
+
+import hydra_pipe
+from hydra_pipe import Pipeline, Recorder
+from hydra_pipe.errors import OptimizerError, RecordWarning
+from hydra_pipe.training.batches import epoch_order
+
+T = torch.optim
+pytestmark = pytest.mark.filterwarnings("ignore:the optimizer has maximize=True")
+
+
+class Moved:
+    """How a change of the gradients of one parameter changes the parameter, D being 1: the update
+    as PyTorch's documentation has it, with what divides it left out.
+
+    Args:
+        like: the change of the parameter for each sample, shape (sample, ...), zeros.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.theta, self.buffer = like, torch.zeros_like(like)
+
+    def step(self, kind: Kind, group: dict[str, Any], t: int, gradient: Tensor) -> None:
+        lr, decay = group["lr"], group["weight_decay"]
+        decoupled = kind is T.AdamW or group.get("decoupled_weight_decay", False)
+        used = gradient + (0.0 if decoupled else decay) * self.theta
+        if decoupled:
+            self.theta = (1 - lr * decay) * self.theta
+        self.theta = self.theta - lr * self._move(kind, group, t, used)
+
+    def _move(self, kind: Kind, group: dict[str, Any], t: int, g: Tensor) -> Tensor:
+        if kind in (T.SGD, T.RMSprop):
+            self.buffer = group["momentum"] * self.buffer + g
+            return self.buffer
+        if kind is T.Adagrad:
+            return g / (1 + (t - 1) * group["lr_decay"])
+        beta1, beta2 = group["betas"]
+        self.buffer = beta1 * self.buffer + (1 - beta1) * g
+        if kind is T.NAdam:
+            mu = [
+                beta1 * (1 - 0.5 * 0.96 ** (s * group["momentum_decay"])) for s in range(1, t + 2)
+            ]
+            of_gradient = (1 - mu[t - 1]) / (1 - np.prod(mu[:t]))
+            return of_gradient * g + mu[t] / (1 - np.prod(mu)) * self.buffer
+        moved = self.buffer / (1 - beta1**t)
+        if kind is not T.RAdam:
+            return moved
+        longest = 2 / (1 - beta2) - 1
+        rho = longest - 2 * t * beta2**t / (1 - beta2**t)
+        if rho <= 5:  # these steps are left out (docs/methods.md)
+            return torch.zeros_like(moved)
+        return moved * np.sqrt(
+            (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho)
+        )
+
+
+def dividing(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    """What the last update was divided by, elementwise."""
+    if kind is T.SGD:
+        return torch.ones(())
+    if kind is T.Adagrad:
+        return state["sum"].sqrt() + group["eps"]
+    if kind is T.RMSprop:
+        mean = state["grad_avg"] if group["centered"] else torch.zeros(())
+        return (state["square_avg"] - mean**2).sqrt() + group["eps"]
+    unbiased = 1 - group["betas"][1] ** float(state["step"])
+    second = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+    if kind is T.RAdam:
+        return (second.sqrt() + group["eps"]) / unbiased**0.5
+    return (second / unbiased).sqrt() + group["eps"]
+
+
+def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
+    """Relevance of a new pipeline: its training in float64 by torch's own optimiser on batch-of-one
+    gradients, and d theta / d w_i of every sample carried forward beside it. D is that of the end.
+    """
+    optimizer, kind = pipeline.optimizer, type(pipeline.optimizer)
+    model = in_float64(pipeline.model)
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
+    twin = dict(zip(pipeline.model.parameters(), names, strict=True))
+    for group in optimizer.param_groups:
+        group["params"] = [parameters[twin[p]] for p in group["params"]]
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    # Adagrad has made its state already
+    for old in list(optimizer.state):
+        state = optimizer.state.pop(old)
+        optimizer.state[parameters[twin[old]]] = {
+            key: value.double() if key == "sum" else value for key, value in state.items()
+        }
+    inputs, targets = pipeline.train.tensors
+    moved = {n: Moved(parameters[n].new_zeros(len(inputs), *parameters[n].shape)) for n in names}
+    sign = -1.0 if optimizer.param_groups[0].get("maximize") else 1.0
+    order = [ids for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
+    for t, ids in enumerate(order, start=1):
+        rows = one_by_one_gradients(model, pipeline.loss, inputs[ids].double(), targets[ids], names)
+        for n in names:
+            parameters[n].grad = sum(row[n] for row in rows) / len(ids)
+        before = parameters[names[0]].grad.clone()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), pipeline.max_grad_norm)
+        clip = float((parameters[names[0]].grad / before).mean())
+        for n in names:
+            changed = torch.zeros_like(moved[n].theta)
+            for i, row in zip(ids, rows, strict=True):
+                changed[i] = sign * clip * row[n] / len(ids)
+            moved[n].step(kind, group_of[parameters[n]], t, changed)
+        optimizer.step()
+        pipeline.scheduler.step()
+    root = {}
+    for n in names:
+        own = optimizer.state[parameters[n]]
+        root[n] = dividing(kind, group_of[parameters[n]], own).rsqrt().expand_as(parameters[n])
+    if kind is not T.SGD:
+        root |= nearest_outer_products(root, factored)
+    test_inputs, test_targets = pipeline.test.tensors
+    tests = one_by_one_gradients(model, pipeline.loss, test_inputs.double(), test_targets, names)
+    relevance = np.zeros((len(inputs), len(tests)))
+    for j, test in enumerate(tests):
+        for n in names:
+            adjoint = (root[n] ** 2 * test[n]).flatten()
+            relevance[:, j] -= (moved[n].theta.detach().flatten(1) @ adjoint).numpy()
+    return relevance
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_relevance_equals_the_float64_loop_through_the_optimisers_own_update(
+    case: str, tmp_path: Path
+) -> None:
+    hydra_pipe.record(pipeline_of(case), tmp_path / "run", encoding="exact", dtype="float32")
+    hydra_pipe.reduce(tmp_path / "run", method="hydra")
+    run = hydra_pipe.open_run(tmp_path / "run")
+    factored = [b.name for b in run.gradients.layout.blocks if b.inputs is not None]
+    assert factored
+    expected = by_loop(pipeline_of(case), factored)
+    assert relative_error(np.asarray(run.relevance("hydra")), expected) < 1e-4
+    assert hydra_pipe.verify(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_batch_of_one_gradients_and_weights_those_of_training_without_recording(
+    case: str, tmp_path: Path
+) -> None:
+    plain, recorded = pipeline_of(case, epochs=1), pipeline_of(case, epochs=1)
+    untrained = pipeline_of(case)
+    hydra_pipe.train(plain)
+    hydra_pipe.record(recorded, tmp_path / "run", encoding="exact", dtype="float32")
+    assert all(map(torch.equal, plain.model.parameters(), recorded.model.parameters()))
+    samples, rows = stored_rows(tmp_path / "run")
+    first = epoch_order(untrained, 0)[0]
+    inputs, targets = (values[first] for values in untrained.train.tensors)
+    names = [name for name, _ in untrained.model.named_parameters()]
+    alone = one_by_one_gradients(untrained.model, untrained.loss, inputs, targets, names)
+    truth = {
+        int(i): {n: g / len(first) for n, g in r.items()} for i, r in zip(first, alone, strict=True)
+    }
+    rows = rows[: len(first)]
+    assert sorted(samples[: len(first)]) == sorted(truth)
+    whole = [{n: g.flatten() for n, g in truth[i].items()} for i in samples[: len(first)]]
+    assert max(differences(rows, whole).values()) < 1e-4
+
+
+def test_climbing_in_a_pipeline_is_told_of(tmp_path: Path) -> None:
+    with pytest.warns(RecordWarning, match="maximize=True, so a large loss of a test sample"):
+        hydra_pipe.record(pipeline_of("climbing by SGD", epochs=1), tmp_path / "run")
+
+
+def test_climbing_is_descending_the_negative_of_the_loss(tmp_path: Path) -> None:
+    """Rows and test gradients change their sign, and the gradient in use does not."""
+    climbing, descending = pipeline_of("climbing by AdamW"), pipeline_of("climbing by AdamW")
+    descending.loss = cross_entropy
+    for group in descending.optimizer.param_groups:
+        group["maximize"] = False
+    found = {}
+    for name, pipeline in (("up", climbing), ("down", descending)):
+        hydra_pipe.record(pipeline, tmp_path / name, encoding="exact", dtype="float32")
+        for method in ("hydra", "hydra-fisher", "influence", "grad-dot", "self", "tracin"):
+            hydra_pipe.reduce(tmp_path / name, method=method)
+        run = hydra_pipe.open_run(tmp_path / name)
+        found[name] = {
+            m: np.asarray(run.relevance(m))
+            for m in ("hydra", "hydra-fisher", "influence", "grad-dot", "tracin")
+        }
+        found[name]["self"] = (
+            -np.asarray(run.relevance("self"))
+            if name == "up"
+            else np.asarray(run.relevance("self"))
+        )
+        assert (run.steps["gradient_scale"] < 0).all() == (name == "up")
+    for method, down in found["down"].items():
+        assert relative_error(-found["up"][method], down) < 1e-4, method
+
+
+def test_groups_that_climb_beside_groups_that_descend_are_refused(tmp_path: Path) -> None:
+    model = conv_net()
+    one, *others = model.parameters()
+    optimizer = T.SGD([{"params": [one], "maximize": True}, {"params": others}], lr=0.1)
+    with pytest.raises(OptimizerError, match="give all groups the same"):
+        Recorder(model, optimizer, tmp_path / "run", n_samples=4)
+
+
+def test_radam_that_never_uses_its_second_moment_is_refused(tmp_path: Path) -> None:
+    model = conv_net()
+    optimizer = T.RAdam(model.parameters(), betas=(0.9, 0.6))
+    with pytest.raises(OptimizerError, match=r"raise beta2 above 2/3, or use torch\.optim\.SGD"):
+        Recorder(model, optimizer, tmp_path / "run", n_samples=4)

@@ -1,0 +1,49 @@
+"""Trainings of a moment by optimisers beside SGD and Adam."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hydra_pipe import Pipeline
+from support.pipelines import conv_net, conv_pipeline, cross_entropy, likelihood
+
+Kind = Callable[..., torch.optim.Optimizer]
+T = torch.optim
+
+# optimiser and options; two parameter groups, whose options differ as `OF_OTHERS` says
+CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "amsgrad": (T.AdamW, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.5)}),
+    "NAdam": (T.NAdam, {"lr": 0.01, "momentum_decay": 0.4, "weight_decay": 0.1}),
+    "NAdam, decoupled": (
+        T.NAdam,
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    "NAdam without momentum": (T.NAdam, {"lr": 0.01, "betas": (0.0, 0.99)}),
+    "RAdam": (T.RAdam, {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "RMSprop": (T.RMSprop, {"lr": 0.003, "alpha": 0.9, "weight_decay": 0.1}),
+    "RMSprop with momentum": (T.RMSprop, {"lr": 0.003, "alpha": 0.9, "momentum": 0.8}),
+    "RMSprop, centred": (T.RMSprop, {"lr": 0.003, "alpha": 0.9, "centered": True}),
+    "Adagrad": (T.Adagrad, {"lr": 0.03, "lr_decay": 0.2, "weight_decay": 0.1}),
+    "Adagrad, begun above 0": (T.Adagrad, {"lr": 0.03, "initial_accumulator_value": 0.1}),
+    "climbing by AdamW": (T.AdamW, {"lr": 0.01, "maximize": True, "weight_decay": 0.1}),
+    "climbing by SGD": (T.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
+}
+OF_OTHERS = {"weight_decay": 0.0}
+
+
+def pipeline_of(case: str, **changes: Any) -> Pipeline:
+    kind, options = CASES[case]
+    model = conv_net()
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    own = {} if kind is T.SGD else {"eps": 1e-3}
+    optimizer = kind(
+        [{"params": weights}, {"params": others, "lr": options["lr"] / 2, **OF_OTHERS}],
+        **(own | options),
+    )
+    fields: dict[str, Any] = {
+        "scheduler": T.lr_scheduler.CosineAnnealingLR(optimizer, 12),
+        "loss": likelihood if options.get("maximize") else cross_entropy,
+    }
+    return conv_pipeline(model=model, optimizer=optimizer, **(fields | changes))
