@@ -56,7 +56,7 @@ class Retrainer:
     def __init__(
         self, pipeline: Pipeline, progress: Progress, mean_over: MeanOver = "batch"
     ) -> None:
-        if pipeline.optimizer.state:
+        if _has_stepped(pipeline.optimizer):
             raise PipelineError(
                 "the pipeline was trained already: build it anew, its model must be as it was "
                 "before training"
@@ -176,13 +176,20 @@ class Retrainer:
         Stacking is safe because every update that hydra-pipe handles is elementwise, and so
         separate for each model.
         """
+        given = self._pipeline.optimizer
         names = {p: name for name, p in self._pipeline.model.named_parameters()}
-        groups = [
-            [names[p] for p in group["params"]] for group in self._pipeline.optimizer.param_groups
-        ]
-        optimizer = copy.deepcopy(self._pipeline.optimizer)
+        groups = [[names[p] for p in group["params"]] for group in given.param_groups]
+        optimizer = copy.deepcopy(given)
+        optimizer.state.clear()
         for group, of_group in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = [parameters[name] for name in of_group]
+        # the state that some optimisers make before their first step, such as Adagrad
+        for parameter, state in given.state.items():
+            stacked = parameters[names[parameter]]
+            optimizer.state[stacked] = {
+                key: value.expand_as(stacked).clone() if value.shape == parameter.shape else value
+                for key, value in copy.deepcopy(state).items()
+            }
         return optimizer
 
     def _tested(
@@ -203,6 +210,11 @@ class Retrainer:
                 )
                 pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
+
+
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether the optimiser has taken a step. Some optimisers make a state before."""
+    return any(float(state.get("step", 1)) > 0 for state in optimizer.state.values())
 
 
 def _replaced(targets: Any, classes: Tensor) -> Tensor:

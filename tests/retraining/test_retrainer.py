@@ -48,6 +48,19 @@ def adamw() -> Pipeline:
     return pipeline
 
 
+def adagrad() -> Pipeline:
+    """Its state begins before its first step."""
+    model = double(mlp_pipeline()).model
+    optimizer = torch.optim.Adagrad(model.parameters(), 0.05, initial_accumulator_value=0.1)
+    return double(mlp_pipeline(model=model, optimizer=optimizer))
+
+
+def nadam() -> Pipeline:
+    pipeline = double(mlp_pipeline())
+    pipeline.optimizer = torch.optim.NAdam(pipeline.model.parameters(), 0.01, momentum_decay=0.4)
+    return pipeline
+
+
 def dropout_and_norm() -> Pipeline:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -112,7 +125,7 @@ def trained_by_torch(pipeline: Pipeline, weights: np.ndarray, mean_over: str) ->
 
 
 @pytest.mark.parametrize("mean_over", ["batch", "weights"])
-@pytest.mark.parametrize("build", [sgd, adamw, dropout_and_norm, branches])
+@pytest.mark.parametrize("build", [sgd, adamw, adagrad, nadam, dropout_and_norm, branches])
 def test_each_model_of_a_stack_is_what_torch_trains_alone(build: Build, mean_over: str) -> None:
     n = len(build().train)
     weights = np.random.default_rng(0).integers(0, 2, (3, n)).astype(np.float32)
