@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hydra_pipe.recording.optimizers import register_optimizer_rule
     from hydra_pipe.recording.pending import StepNote
     from hydra_pipe.recording.recorder import Recorder
+    from hydra_pipe.recording.several_optimizers import SeveralOptimizers
     from hydra_pipe.recording.tracking import TrackedLoader
     from hydra_pipe.reduction.run import ReductionPlan
     from hydra_pipe.reporting.run import report_run as report
@@ -52,6 +53,7 @@ __all__ = [
     "ReductionPlan",
     "Rewind",
     "Run",
+    "SeveralOptimizers",
     "ShownSamples",
     "Spikes",
     "StepNote",
@@ -88,6 +90,7 @@ _HOMES = {
     "ReductionPlan": ("hydra_pipe.reduction.run", "ReductionPlan"),
     "Rewind": ("hydra_pipe.rewinding.step", "Rewind"),
     "Run": ("hydra_pipe.view", "Run"),
+    "SeveralOptimizers": ("hydra_pipe.recording.several_optimizers", "SeveralOptimizers"),
     "ShownSamples": ("hydra_pipe.reporting.shown", "ShownSamples"),
     "Spikes": ("hydra_pipe.rewinding.spikes", "Spikes"),
     "StepNote": ("hydra_pipe.recording.pending", "StepNote"),

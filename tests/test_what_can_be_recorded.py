@@ -1032,6 +1032,24 @@ def in_groups(parameters: Iterator[nn.Parameter], lr: float) -> torch.optim.Opti
     )
 
 
+def several_optimizers(model: nn.Module) -> Any:
+    """Muon of the matrices, and AdamW of the rest."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    return [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
+
+
+def by_several(
+    recorder: Recorder, model: nn.Module, optimizers: Any, *, among: slice, clears: bool = False
+) -> None:
+    with recorder.step(range(B)):
+        of_means(model).sum().backward()
+        for one in optimizers[among]:
+            one.step()
+            if clears:
+                model.zero_grad()
+
+
 class Mine(torch.optim.SGD):
     pass
 
@@ -1064,6 +1082,11 @@ OPTIMIZERS: dict[str, Callable[[Path], object]] = {
         under(torch.optim.RMSprop), under(torch.optim.RMSprop, momentum=0.9, centered=True)
     ),
     "`Adagrad`": under(torch.optim.Adagrad, lr_decay=0.1),
+    "`Muon`": lambda run: recorded(
+        run,
+        build=lambda: nn.Sequential(nn.Linear(D, 16, bias=False), nn.Linear(16, C, bias=False)),
+        optimizer=lambda m: torch.optim.Muon(m.parameters()),
+    ),
     "`maximize=True`": several(
         under(torch.optim.SGD, momentum=0.9, maximize=True),
         lambda run: recorded(
@@ -1081,7 +1104,15 @@ OPTIMIZERS: dict[str, Callable[[Path], object]] = {
     "`LBFGS`": refused_model(mlp, lambda m: torch.optim.LBFGS(m.parameters())),
     "Other optimizers": refused_model(mlp, lambda m: torch.optim.Adadelta(m.parameters())),
     "A subclass of one that is known": refused_model(mlp, lambda m: Mine(m.parameters(), lr=0.1)),
-    "Several optimizers": refused_model(mlp, lambda m: [sgd(m[0]), sgd(m[2])]),
+    "Several optimizers": lambda run: recorded(
+        run, loop=partial(by_several, among=slice(None)), optimizer=several_optimizers
+    ),
+    "Several optimizers, of which one leaves a step out": lambda run: recorded(
+        run, loop=partial(by_several, among=slice(1)), optimizer=several_optimizers
+    ),
+    "Several optimizers, and gradients that change between their steps": lambda run: recorded(
+        run, loop=partial(by_several, among=slice(None), clears=True), optimizer=several_optimizers
+    ),
 }
 
 

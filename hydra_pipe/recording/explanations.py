@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from hydra_pipe.recording.compiled import anything_compiled, compiled_before, is_a
+from hydra_pipe.recording.several_optimizers import optimizers_in
 
 # Smallest cosine between the missed gradient and a penalty's gradient to name the penalty. Rounding
 # and one step's change of the parameter leave a larger cosine.
@@ -154,7 +155,9 @@ def _certain(
             "the parameter."
         )
     if (
-        evidence.training and optimizer is not None and len(optimizer._optimizer_step_pre_hooks) > 1
+        evidence.training
+        and optimizer is not None
+        and any(len(one._optimizer_step_pre_hooks) > 1 for one in optimizers_in(optimizer))
     ):  # one of the hooks is the recorder's
         yield (
             "Another hook of the optimizer (register_step_pre_hook) may change gradients just "

@@ -224,6 +224,7 @@ class Loop:
                     )
                 self._collector.watch(checked_ids(sample_ids, self._n_samples))
             yield state.note
+            self.check_step_is_whole()
             self._end_step(taken=self.n_steps > state.n_ended)
         except BaseException as error:
             self.fail(error)
@@ -366,6 +367,10 @@ class Loop:
             False before the first step.
         """
         return self._weights.changed()
+
+    def check_step_is_whole(self) -> None:
+        """Refuse a step that not all of several optimisers took. Raises: RecordError."""
+        self._updates.check_update_is_whole()
 
     def begin_end(self) -> None:
         """Remove the hooks, after which nothing is recorded."""

@@ -26,14 +26,29 @@ class _Deferred:
     Args:
         factors: the step's factors by column and block, to be filled in.
         blocks: blocks to fill in.
-        groups: settings of their parameter groups as they were.
+        groups: number and settings of their parameter groups, as they were.
         counts: number of updates of each block before the step, shape (block,), on the device.
     """
 
     factors: Mapping[str, list[float]]
     blocks: Sequence[int]
-    groups: Sequence[Mapping[str, Any]]
+    groups: Sequence[tuple[int, Mapping[str, Any]]]
     counts: Tensor
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Factors of one step that rules have measured.
+
+    Args:
+        factors: the step's step factors by block, to be multiplied.
+        blocks: blocks to multiply.
+        values: factor of each of these blocks, shape (block,), on the device.
+    """
+
+    factors: list[float]
+    blocks: Sequence[int]
+    values: Tensor
 
 
 class OptimizerReader:
@@ -41,21 +56,23 @@ class OptimizerReader:
 
     Args:
         optimizer: optimiser that has a rule.
-        rule: rule of the optimiser.
+        rules: rule of each parameter group.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        rule: OptimizerRule,
+        rules: Sequence[OptimizerRule],
         trained: Mapping[nn.Parameter, tuple[str, int]],
     ) -> None:
-        self._optimizer, self._rule = optimizer, rule
+        self._optimizer, self._rules = optimizer, rules
+        self._is_paced = any(rule.has_paces for rule in rules)
         self._trained = [(parameter, group) for parameter, (_, group) in trained.items()]
         self._ids = set(map(id, trained))
         self._n_groups = len(optimizer.param_groups)
         self._deferred: list[_Deferred] = []
+        self._measured: list[_Measured] = []
 
     def gradients(self, step: int) -> list[Tensor | None]:
         """Return the gradient in use of every recorded parameter; None for one without a gradient.
@@ -91,11 +108,11 @@ class OptimizerReader:
         Returns:
             Tensors of the shapes of the parameters; None if the optimiser has no preconditioner.
         """
-        if not self._rule.preconditioned:
+        if not any(rule.preconditioned for rule in self._rules):
             return None
         states, groups = self._optimizer.state, self._optimizer.param_groups
         found = [
-            self._rule.root(parameter, states.get(parameter, _NO_STATE), groups[group])
+            self._rules[group].root(parameter, states.get(parameter, _NO_STATE), groups[group])
             for parameter, group in self._trained
         ]
         return [
@@ -106,29 +123,33 @@ class OptimizerReader:
     def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """Return the step's line of the step tables by parameter group and by block.
 
-        A fused or capturable optimiser counts updates on its device. `fill` fills in the step
-        factors of such blocks.
+        A fused or capturable optimiser counts updates on its device, and some rules measure the
+        gradient there. `fill` fills in the step factors of such blocks.
 
         Args:
             gradients: gradients in use; None for a block without one.
         """
         groups = self._optimizer.param_groups
-        of_groups = [self._rule.settings(group) for group in groups]
-        rule, states = self._rule, self._optimizer.state
-        started = []
+        of_groups = [rule.settings(group) for rule, group in zip(self._rules, groups, strict=True)]
+        states, started = self._optimizer.state, []
+        measured: dict[int, Tensor] = {}
         factors: dict[str, list[float]] = {name: [] for name in self._names}
         on_device: list[tuple[int, int, Tensor]] = []
         for index, ((parameter, group), gradient) in enumerate(
             zip(self._trained, gradients, strict=True)
         ):
-            state = states.get(parameter, _NO_STATE)
+            state, rule = states.get(parameter, _NO_STATE), self._rules[group]
             started.append(gradient is not None and rule.starts_momentum(state, groups[group]))
+            if gradient is not None:
+                value = rule.measured_factor(parameter, gradient, state, groups[group])
+                if value is not None:
+                    measured[index] = value
             count = state.get(_STEP)
             if isinstance(count, Tensor) and count.device.type != "cpu":
                 on_device.append((index, group, count))
                 found = dict.fromkeys(factors, nan)
             else:
-                found = self._factors(state, groups[group])
+                found = self._factors(group, state, groups[group])
             for name, column in factors.items():
                 column.append(found[name])
         if on_device:
@@ -137,10 +158,13 @@ class OptimizerReader:
                 _Deferred(
                     factors,
                     [index for index, *_ in on_device],
-                    [kept[group] for _, group, _ in on_device],
+                    [(group, kept[group]) for _, group, _ in on_device],
                     torch.stack([count for *_, count in on_device]),
                 )
             )
+        if measured:
+            values_of = torch.stack([value.detach().double() for value in measured.values()])
+            self._measured.append(_Measured(factors[_STEP_FACTOR], list(measured), values_of))
         values: dict[str, Any] = {
             name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS
         }
@@ -149,16 +173,22 @@ class OptimizerReader:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return (_STEP_FACTOR, *(PACE_COLUMNS if self._rule.has_paces else ()))
+        return (_STEP_FACTOR, *(PACE_COLUMNS if self._is_paced else ()))
 
-    def _factors(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, float]:
-        """Return the factors of a block's step, by column."""
-        paces = self._rule.paces(state, group) if self._rule.has_paces else ()
-        return dict(zip(self._names, (self._rule.step_factor(state, group), *paces), strict=True))
+    def _factors(
+        self, number: int, state: Mapping[str, Any], group: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Return the factors of the step of a block in group `number`, by column."""
+        rule = self._rules[number]
+        paces = rule.paces(state, group) if self._is_paced else ()
+        return dict(zip(self._names, (rule.step_factor(state, group), *paces), strict=True))
 
     def take(self) -> list[Tensor]:
         """Return the values that `fill` needs on the host, on their devices."""
-        return [one.counts for one in self._deferred]
+        return [
+            *(one.counts for one in self._deferred),
+            *(one.values for one in self._measured),
+        ]
 
     def fill(self, values: Sequence[NDArray[Any]]) -> None:
         """Fill in the step factors that `settings` has left open.
@@ -167,7 +197,12 @@ class OptimizerReader:
             values: values of the last `take`.
         """
         deferred, self._deferred = self._deferred, []
-        for one, counts in zip(deferred, values, strict=True):
-            for block, group, count in zip(one.blocks, one.groups, counts, strict=True):
-                for name, value in self._factors({_STEP: float(count)}, group).items():
+        measured, self._measured = self._measured, []
+        left = iter(values)
+        for one in deferred:
+            for block, group, count in zip(one.blocks, one.groups, next(left), strict=True):
+                for name, value in self._factors(group[0], {_STEP: float(count)}, group[1]).items():
                     one.factors[name][block] = value
+        for own in measured:
+            for block, factor in zip(own.blocks, next(left), strict=True):
+                own.factors[block] *= float(factor)

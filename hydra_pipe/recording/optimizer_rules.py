@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hydra_pipe.errors import OptimizerError
 from hydra_pipe.maths.adam import inverse_root, root_preconditioner
+from hydra_pipe.maths.muon import best_multiple, orthogonalized, rate_of_shape
 from hydra_pipe.maths.step_factors import nadam_pace, nadam_shares, radam_rectification
 
 # a parameter's entry in `optimizer.state`, and its group in `optimizer.param_groups`
@@ -38,6 +39,8 @@ class OptimizerRule:
     preconditioned = False
     #: True if `paces` are not 1; then they are stored in the step tables.
     has_paces = False
+    #: True if elements of a parameter do not depend on each other within the update.
+    is_elementwise = True
 
     def check(self, group: Group, index: int) -> None:
         """Refuse options whose update is of another form. Raises: OptimizerError."""
@@ -57,6 +60,22 @@ class OptimizerRule:
     def step_factor(self, state: State, group: Group) -> float:
         """Return the further factor of the learning rate at this step."""
         return 1.0
+
+    def measured_factor(
+        self, parameter: nn.Parameter, gradient: Tensor, state: State, group: Group
+    ) -> Tensor | None:
+        """Return a further factor of the learning rate that depends on values, a scalar, or None.
+
+        Such a factor is one number for the whole parameter, as a layer's rate by its norm (LARS).
+        The host does not wait for the number. All values are those just before the step.
+
+        Args:
+            parameter: parameter of the block.
+            gradient: gradient in use.
+            state: state of the parameter.
+            group: its parameter group.
+        """
+        return None
 
     def paces(self, state: State, group: Group) -> tuple[float, float]:
         """Return the further factors of the momentum and of 1 - dampening at this step."""
@@ -137,6 +156,42 @@ class NAdamRule(AdamRule):
     @staticmethod
     def _momentum(group: Group) -> tuple[float, float]:
         return float(group["betas"][0]), float(group["momentum_decay"])
+
+
+class MuonRule(OptimizerRule):
+    """The rule of torch.optim.Muon: SGD whose rate is measured at each step, for each matrix.
+
+    The orthogonalised momentum counts as the nearest multiple of the momentum.
+    """
+
+    is_elementwise = False
+
+    def settings(self, group: Group) -> dict[str, float]:
+        rate, momentum = float(group["lr"]), float(group["momentum"])
+        nesterov = bool(group["nesterov"]) and momentum > 0.0
+        # Nesterov's form moves by (1 - mu) (G + mu v) with v = mu v + G, which is its own buffer
+        # over 1 - mu. The measured factor has the 1 - mu.
+        return {
+            "learning_rate": rate,
+            "momentum": momentum,
+            "dampening": 0.0,
+            "weight_decay": 0.0,
+            "nesterov": float(nesterov),
+            "decoupled_decay": rate * float(group["weight_decay"]),
+        }
+
+    def measured_factor(
+        self, parameter: nn.Parameter, gradient: Tensor, state: State, group: Group
+    ) -> Tensor | None:
+        momentum = float(group["momentum"])
+        buffer = state.get("momentum_buffer", torch.zeros_like(gradient))
+        moved = buffer.lerp(gradient, 1.0 - momentum)
+        used = gradient.lerp(moved, momentum) if group["nesterov"] else moved
+        made = orthogonalized(
+            used, group["ns_coefficients"], int(group["ns_steps"]), float(group["eps"])
+        )
+        rate = (1.0 - momentum) * rate_of_shape(parameter.shape, group["adjust_lr_fn"])
+        return rate * best_multiple(used, made)
 
 
 class RAdamRule(AdamRule):

@@ -10,11 +10,17 @@ from hydra_pipe.errors import OptimizerError
 from hydra_pipe.recording.optimizer_rules import (
     AdagradRule,
     AdamRule,
+    MuonRule,
     NAdamRule,
     OptimizerRule,
     RAdamRule,
     RmsPropRule,
     SgdRule,
+)
+from hydra_pipe.recording.several_optimizers import (
+    SeveralOptimizers,
+    optimizers_in,
+    owners_of_groups,
 )
 
 _RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
@@ -25,6 +31,7 @@ _RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
     torch.optim.RAdam: RAdamRule(),
     torch.optim.RMSprop: RmsPropRule(),
     torch.optim.Adagrad: AdagradRule(),
+    torch.optim.Muon: MuonRule(),
 }
 
 
@@ -82,13 +89,30 @@ def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
     )
 
 
+def rules_of_groups(optimizer: torch.optim.Optimizer) -> list[OptimizerRule]:
+    """Return the rule for each parameter group of `optimizer`.
+
+    Raises:
+        OptimizerError: an optimiser has no rule.
+    """
+    rules = {one: rule_of(one) for one in optimizers_in(optimizer)}
+    return [rules[one] for one in owners_of_groups(optimizer)]
+
+
 def innermost(optimizer: Any) -> Any:
     """Return the optimizer inside the wrappers of Accelerate and Lightning.
+
+    Several optimizers in a list become one `SeveralOptimizers`.
 
     The inner optimizer takes the step: its hooks are called, the wrapper's hooks are not. Other
     wrappers change the update, such as lookahead or sharpness-aware minimisation. They are not
     removed.
     """
+    if isinstance(optimizer, list | tuple) and len(optimizer):
+        several = [innermost(one) for one in optimizer]
+        for one in several:
+            rule_of(one)
+        return several[0] if len(several) == 1 else SeveralOptimizers(several)
     while any(
         (t.__module__.partition(".")[0], t.__name__) in _THIN_WRAPPERS
         for t in type(optimizer).__mro__
@@ -109,10 +133,7 @@ def _path_of(kind: type) -> str:
 def _kind_in_words(optimizer: Any) -> str:
     """Describe an optimizer without a rule, beside its name; empty if nothing is known."""
     if isinstance(optimizer, (list, tuple, dict)):
-        return (
-            "several optimizers or none; give one of all parameters, in groups where their "
-            "settings differ"
-        )
+        return "no optimizer; give the optimizer of the model's parameters, or a list of several"
     home = type(optimizer).__module__.partition(".")[0]
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         return (
@@ -180,9 +201,10 @@ def check_optimizer(
         OptimizerError: an optimiser or an option that is not handled, or parameters that are not
             the model's.
     """
-    rule = rule_of(optimizer)
     groups = {}
-    for index, group in enumerate(optimizer.param_groups):
+    for index, (rule, group) in enumerate(
+        zip(rules_of_groups(optimizer), optimizer.param_groups, strict=True)
+    ):
         if bool(group.get("maximize")) != maximizes(optimizer):
             raise OptimizerError(
                 f"parameter group {index} has maximize=False and another one has maximize=True: "

@@ -29,7 +29,7 @@ from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.dynamics import DynamicsWatch
 from hydra_pipe.recording.loop import Between, Loop
 from hydra_pipe.recording.optimizer_reader import OptimizerReader
-from hydra_pipe.recording.optimizers import check_optimizer, innermost, maximizes, rule_of
+from hydra_pipe.recording.optimizers import check_optimizer, innermost, maximizes, rules_of_groups
 from hydra_pipe.recording.pending import PendingSteps, StepNote
 from hydra_pipe.recording.recorded_tests import TestGradients
 from hydra_pipe.recording.recording_stage import RecordingStage
@@ -81,7 +81,7 @@ class Recorder:
             train it together, it is wrapped in DistributedDataParallel. Then each process gives the
             ids of its own samples, and all take the same number of steps.
         optimizer: torch.optim.SGD, Adam, AdamW or another that is known (docs/optimiser.md), over
-            the model's parameters.
+            the model's parameters. Or a list of several that each take every step.
         run: directory of the run.
         n_samples: size of the training set; sample ids are 0 to n_samples - 1.
         encoding: "exact" (lossless), "projected", or "auto" (lossless if it fits `dim`).
@@ -114,7 +114,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         run: str | os.PathLike[str],
         n_samples: int,
         *,
@@ -131,16 +131,16 @@ class Recorder:
     ) -> None:
         self._processes = processes_of(model, process_group)
         self._sync = steps_of(self._processes)
-        optimizer = innermost(optimizer)
         self._model = unwrapped(model)
         self.path = location(run)
         with self._processes.together():
             check_options(encoding, dim, dtype)
             if n_samples < 1:
                 raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
-            trained = check_optimizer(optimizer, self._model)
-            refuse(self._model, optimizer, trained)
-            rule, parameters = rule_of(optimizer), list(trained)
+            used: torch.optim.Optimizer = innermost(optimizer)
+            trained = check_optimizer(used, self._model)
+            refuse(self._model, used, trained)
+            rules, parameters = rules_of_groups(used), list(trained)
             self.n_samples = n_samples
             self._sample_labels: NDArray[Any] | None = None
             if sample_labels is not None:
@@ -169,13 +169,13 @@ class Recorder:
         self._output = RecordingStage(
             self.path,
             all_settings,
-            len(optimizer.param_groups),
-            preconditioned=rule.preconditioned,
-            paced=rule.has_paces,
+            len(used.param_groups),
+            preconditioned=any(rule.preconditioned for rule in rules),
+            paced=any(rule.has_paces for rule in rules),
             processes=self._processes,
             allocate=buffers_for(parameters[0].device),
         )
-        updates = OptimizerReader(optimizer, rule, trained)
+        updates = OptimizerReader(used, rules, trained)
         watching = Watching(
             self._sync.guarded,
             has_ranks=self._processes.size > 1,
@@ -189,12 +189,12 @@ class Recorder:
             dim,
             seed,
             dtype,
-            optimizer,
+            used,
             watching,
-            preconditioned=rule.preconditioned,
+            preconditioned=any(rule.preconditioned for rule in rules),
         )
         self._targets = TargetCheck(self._sample_labels)
-        self._curvature = CurvatureWatch(self._targets, climbs=maximizes(optimizer))
+        self._curvature = CurvatureWatch(self._targets, climbs=maximizes(used))
         self._dynamics = DynamicsWatch(seed)
         self._pending = PendingSteps(
             self._collector,
@@ -209,7 +209,7 @@ class Recorder:
         )
         self._loop = Loop(
             self._model,
-            optimizer,
+            used,
             parameters,
             n_samples,
             self._collector,
@@ -628,6 +628,7 @@ class Recorder:
         if self.is_closed:
             return
         with self._failing():
+            self._loop.check_step_is_whole()
             self._pending.flush()
         if self._output.writer is not None and self.n_steps not in self._output.tests:
             self._say_whether_weights_changed("probes will be taken at these parameters")

@@ -16,6 +16,7 @@ from hydra_pipe.errors import BudgetError, RunError
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.plan.replay import ReplayInput, ReplayPlan, plan_replay
 from hydra_pipe.recording.datasets import on_device
+from hydra_pipe.recording.several_optimizers import owners_of_groups
 from hydra_pipe.reduction.executors.base import CountRows, Workers
 from hydra_pipe.reduction.job import ReductionJob
 from hydra_pipe.reduction.request import ReductionRequest
@@ -291,7 +292,8 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     restore(pipeline, state)
     parameter_bytes = sum(p.nbytes for p in parameters)
     optimizer = pipeline.optimizer
-    n_of_state = max(n_states(optimizer, group) for group in optimizer.param_groups)
+    owners = owners_of_groups(optimizer)
+    n_of_state = max(map(n_states, owners, optimizer.param_groups))
     beside = sum(b.nbytes for b in pipeline.model.buffers())
     # the saved states of the random generators take some 30 KB
     state_bytes = (1 + n_of_state) * parameter_bytes + beside + 2**15

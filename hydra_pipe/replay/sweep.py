@@ -19,13 +19,14 @@ from hydra_pipe.maths.unrolled import (
     unclipped,
 )
 from hydra_pipe.recording.optimizers import check_optimizer
+from hydra_pipe.recording.several_optimizers import owners_of_groups
 from hydra_pipe.replay.products import Batch, batch_of
 from hydra_pipe.replay.trajectory import Step, restore
 from hydra_pipe.replay.updates import (
     adjoint_of_update,
     differentiated,
-    is_differentiated,
     n_states,
+    not_differentiated,
     update_of,
 )
 from hydra_pipe.training.pipeline import Pipeline
@@ -67,7 +68,11 @@ class ExactSweep:
         optimizer = pipeline.optimizer
         groups = {p: group for p, (_, group) in check_optimizer(optimizer, pipeline.model).items()}
         self.a = tests
-        counts = [n_states(optimizer, group) for group in optimizer.param_groups]
+        self._owners = owners_of_groups(optimizer)
+        counts = [
+            n_states(owner, group)
+            for owner, group in zip(self._owners, optimizer.param_groups, strict=True)
+        ]
         self._trained = [
             _Trained(i, groups[p], [torch.zeros_like(tests[i]) for _ in range(counts[groups[p]])])
             for i, p in enumerate(self._parameters)
@@ -143,14 +148,14 @@ class ExactSweep:
         return -self._through_update(own, -gradient)
 
     def _through_update(self, own: _Trained, gradient: Tensor) -> Tensor:
-        parameter, optimizer = self._parameters[own.place], self._pipeline.optimizer
-        group = optimizer.param_groups[own.group]
-        state = optimizer.state.get(parameter, {})
+        parameter, owner = self._parameters[own.place], self._owners[own.group]
+        group = self._pipeline.optimizer.param_groups[own.group]
+        state = owner.state.get(parameter, {})
         a = self.a[own.place]
-        update = update_of(optimizer, group)
+        update = update_of(owner, group)
         if update is not None:
             return adjoint_of_update(update, group, state, parameter, gradient, a, own.states)
-        if isinstance(optimizer, torch.optim.SGD):
+        if isinstance(owner, torch.optim.SGD):
             return sgd_adjoint(_sgd_step(group, state), a, *own.states)
         step = _adam_step(group, state)
         if step.weight_decay and not step.decoupled:
@@ -167,10 +172,10 @@ def moving(pipeline: Pipeline) -> list[nn.Parameter]:
         OptimizerError: the optimiser's update is not differentiated.
         PipelineError: a parameter is neither float32 nor float64.
     """
-    if not is_differentiated(pipeline.optimizer):
+    if others := not_differentiated(pipeline.optimizer):
         raise OptimizerError(
             f"hydra-exact differentiates {', '.join(differentiated())}, not "
-            f"{type(pipeline.optimizer).__name__}: use --method hydra-fisher"
+            f"{', '.join(others)}: use --method hydra-fisher"
         )
     found = [p for p in pipeline.model.parameters() if p.requires_grad]
     if half := [p.dtype for p in found if p.dtype not in (torch.float32, torch.float64)]:

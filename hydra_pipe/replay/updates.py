@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydra_pipe.maths.muon import orthogonalized, rate_of_shape
 from hydra_pipe.maths.step_factors import nadam_shares, radam_rectification
+from hydra_pipe.recording.several_optimizers import optimizers_in
 
 Group = Mapping[str, Any]
 States = dict[str, Tensor]
@@ -39,10 +41,12 @@ class Update:
             a later update depends on.
         step: function of group, t, theta, g and the states before the step. It returns theta and
             the states after the step.
+        decays_by_itself: True if weight decay is no part of g, whatever the group says.
     """
 
     states: Callable[[Group], tuple[str, ...]]
     step: Callable[[Group, int, Tensor, Tensor, States], tuple[Tensor, States]]
+    decays_by_itself: bool = False
 
 
 def differentiated() -> list[str]:
@@ -50,9 +54,10 @@ def differentiated() -> list[str]:
     return [kind.__name__ for kind in (*_BY_HAND, *_UPDATES)]
 
 
-def is_differentiated(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether the update of `optimizer` is differentiated."""
-    return type(optimizer) in _BY_HAND or type(optimizer) in _UPDATES
+def not_differentiated(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of the optimisers in `optimizer` whose updates are not differentiated."""
+    kinds = map(type, optimizers_in(optimizer))
+    return [kind.__name__ for kind in kinds if kind not in _BY_HAND and kind not in _UPDATES]
 
 
 def update_of(optimizer: torch.optim.Optimizer, group: Group) -> Update | None:
@@ -100,7 +105,8 @@ def adjoint_of_update(
             for x in (theta, gradient, *(state.get(n, torch.zeros_like(theta)) for n in names))
         ]
         own = dict(zip(names, inputs[2:], strict=True))
-        moved, after = update.step(group, number, inputs[0], _used(group, *inputs[:2]), own)
+        used = inputs[1] if update.decays_by_itself else _used(group, *inputs[:2])
+        moved, after = update.step(group, number, inputs[0], used, own)
         outputs = [moved, *(after[name] for name in names)]
     found = torch.zeros_like(a)
     for first in range(0, len(a), _AT_ONCE):
@@ -221,10 +227,26 @@ def _radam_step(
     return _shrunk(group, theta) - float(group["lr"]) * move, after
 
 
+def _muon_step(
+    group: Group, _: int, theta: Tensor, g: Tensor, states: States
+) -> tuple[Tensor, States]:
+    """Muon's update. The rounding to bfloat16 within has no derivative: it is left out."""
+    momentum, rate = float(group["momentum"]), float(group["lr"])
+    buffer = momentum * states["momentum_buffer"] + (1.0 - momentum) * g
+    used = (1.0 - momentum) * g + momentum * buffer if group["nesterov"] else buffer
+    made = orthogonalized(
+        used, group["ns_coefficients"], int(group["ns_steps"]), float(group["eps"])
+    )
+    size = rate * rate_of_shape(theta.shape, group["adjust_lr_fn"])
+    shrunk = theta * (1.0 - rate * float(group["weight_decay"]))
+    return shrunk - size * made, {"momentum_buffer": buffer}
+
+
 _AMSGRAD = Update(lambda group: (*_of_moments(group), "max_exp_avg_sq"), _amsgrad_step)
 _UPDATES: dict[type[torch.optim.Optimizer], Update] = {
     torch.optim.RMSprop: Update(_rmsprop_states, _rmsprop_step),
     torch.optim.Adagrad: Update(lambda _: ("sum",), _adagrad_step),
     torch.optim.NAdam: Update(_of_moments, _nadam_step),
     torch.optim.RAdam: Update(_of_moments, _radam_step),
+    torch.optim.Muon: Update(lambda _: ("momentum_buffer",), _muon_step, decays_by_itself=True),
 }

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,8 @@ from hydra_pipe.errors import DataError, PipelineError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.datasets import Batch, on_device
 from hydra_pipe.recording.eval_mode import eval_mode
+from hydra_pipe.recording.optimizers import rules_of_groups
+from hydra_pipe.recording.several_optimizers import optimizers_in
 from hydra_pipe.retraining.models import Models, Values
 from hydra_pipe.streams import Stream
 from hydra_pipe.training.batches import Samples, epoch_order, test_batches
@@ -125,13 +127,11 @@ class Retrainer:
         )
         for name in self._trained:
             parameters[name].requires_grad_()
-        optimizer = self._optimizer(parameters)
+        updates = self._updates(parameters, k)
         trained = [parameters[name] for name in self._trained]
         torch.manual_seed(pipeline.seed)
         with closing(_batches(pipeline)) as batches:
             for (ids, inputs, targets), settings in zip(batches, self._schedule, strict=True):
-                for group, values in zip(optimizer.param_groups, settings, strict=True):
-                    group.update(values)
                 with torch.autograd.graph.saved_tensors_hooks(
                     self._count if self._saved_bytes == 0 else _same, _same
                 ):
@@ -151,9 +151,8 @@ class Retrainer:
                 gradients: Gradients = torch.autograd.grad(loss, trained, allow_unused=True)
                 if pipeline.max_grad_norm is not None:
                     gradients = _clipped(gradients, pipeline.max_grad_norm)
-                for parameter, gradient in zip(trained, gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
+                for update in updates:
+                    update.take(settings, dict(zip(self._trained, gradients, strict=True)))
                 buffers = {name: buffer.detach() for name, buffer in buffers.items()}
                 task.advance(k)
         return self._tested(pipeline, parameters, buffers)
@@ -170,27 +169,21 @@ class Retrainer:
         self._saved_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
-    def _optimizer(self, parameters: Values) -> torch.optim.Optimizer:
-        """Return the pipeline's optimiser over stacked parameters.
+    def _updates(self, parameters: Values, n_models: int) -> list["_Update"]:
+        """Return the updates by the pipeline's optimiser that a step of all models takes.
 
-        Stacking is safe because every update that hydra-pipe handles is elementwise, and so
-        separate for each model.
+        One update of the stacked parameters does for all models if the optimiser is elementwise.
+        Others, such as Muon, take an update for each model.
         """
         given = self._pipeline.optimizer
-        names = {p: name for name, p in self._pipeline.model.named_parameters()}
-        groups = [[names[p] for p in group["params"]] for group in given.param_groups]
-        optimizer = copy.deepcopy(given)
-        optimizer.state.clear()
-        for group, of_group in zip(optimizer.param_groups, groups, strict=True):
-            group["params"] = [parameters[name] for name in of_group]
-        # the state that some optimisers make before their first step, such as Adagrad
-        for parameter, state in given.state.items():
-            stacked = parameters[names[parameter]]
-            optimizer.state[stacked] = {
-                key: value.expand_as(stacked).clone() if value.shape == parameter.shape else value
-                for key, value in copy.deepcopy(state).items()
-            }
-        return optimizer
+        names: dict[Tensor, str] = {p: n for n, p in self._pipeline.model.named_parameters()}
+        if all(rule.is_elementwise for rule in rules_of_groups(given)):
+            return [_Update(_of_parameters(given, names, parameters), parameters, None)]
+        found = []
+        for k in range(n_models):
+            own = {name: parameter.detach()[k] for name, parameter in parameters.items()}
+            found.append(_Update(_of_parameters(given, names, own), own, k))
+        return found
 
     def _tested(
         self, pipeline: Pipeline, parameters: Values, buffers: Values
@@ -210,6 +203,52 @@ class Retrainer:
                 )
                 pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The update of the parameters of all models, or of one.
+
+    Args:
+        optimizer: optimiser of the parameters.
+        parameters: parameters by name, of all models as a stack, or of one model.
+        model: number of the model. None: all models.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameters: Values
+    model: int | None
+
+    def take(self, settings: list[dict[str, Any]], gradients: dict[str, Tensor | None]) -> None:
+        """Take a step with these settings of the groups, and the gradients of all models."""
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
+        for name, gradient in gradients.items():
+            if gradient is not None and self.model is not None:
+                gradient = gradient[self.model]
+            self.parameters[name].grad = gradient
+        self.optimizer.step()
+
+
+def _of_parameters(
+    given: torch.optim.Optimizer, names: dict[Tensor, str], parameters: Values
+) -> torch.optim.Optimizer:
+    """Return a copy of the optimiser `given`, of other parameters of the same names.
+
+    Some optimisers make a state before their first step, such as Adagrad. It is copied too.
+    """
+    found = copy.deepcopy(given)
+    for one, before in zip(optimizers_in(found), optimizers_in(given), strict=True):
+        one.state.clear()
+        for group, of_group in zip(one.param_groups, before.param_groups, strict=True):
+            group["params"] = [parameters[names[p]] for p in of_group["params"]]
+        for parameter, state in before.state.items():
+            own = parameters[names[parameter]]
+            one.state[own] = {
+                key: value.expand_as(own).clone() if value.shape == parameter.shape else value
+                for key, value in copy.deepcopy(state).items()
+            }
+    return found
 
 
 def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:

@@ -206,10 +206,10 @@ class Checkpoints:
 
         Call this after the first step: only then does the optimiser hold its state.
         """
-        model, optimizer = self._pipeline.model.state_dict(), self._pipeline.optimizer.state_dict()
+        model, optimizer = self._pipeline.model.state_dict(), self._pipeline.optimizer
         held = [
             *model.values(),
-            *(value for state in optimizer["state"].values() for value in state.values()),
+            *(value for state in optimizer.state.values() for value in state.values()),
         ]
         one = sum(
             value.numel() * value.element_size()

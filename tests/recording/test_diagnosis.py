@@ -494,15 +494,15 @@ def zero_redundancy(model: nn.Module) -> Any:
         ),
         (zero_redundancy, r"ZeroRedundancyOptimizer is not handled: it is sharded over processes"),
         (
-            lambda m: [sgd(m[0]), sgd(m[2])],
-            r"list is not handled: it is several optimizers.*in groups",
+            lambda m: [],
+            r"list is not handled: it is no optimizer; give the optimizer of the model's",
         ),
         (
             lambda m: torch.optim.Adadelta(m.parameters()),
-            r"torch\.optim\.Adadelta is not handled\. hydra-pipe knows .*torch\.optim\.AdamW:",
+            r"torch\.optim\.Adadelta is not handled\. hydra-pipe knows .*torch\.optim\.Muon:",
         ),
     ],
-    ids=["subclass", "namesake", "wrapper", "sharded", "several", "other"],
+    ids=["subclass", "namesake", "wrapper", "sharded", "none", "other"],
 )
 def test_an_optimizer_is_named_by_where_it_comes_from(
     group: None, build: Callable[[nn.Module], Any], said: str

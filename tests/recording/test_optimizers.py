@@ -11,7 +11,7 @@ import torch
 from oracles import in_float64, nearest_outer_products, one_by_one_gradients
 from rows import differences, stored_rows
 from support.compare import relative_error
-from support.optimizers import CASES, Kind, pipeline_of
+from support.optimizers import CASES, Kind, muon_without_rounding, pipeline_of
 from support.pipelines import conv_net, cross_entropy
 from torch import Tensor
 
@@ -35,18 +35,25 @@ class Moved:
     def __init__(self, like: Tensor) -> None:
         self.theta, self.buffer = like, torch.zeros_like(like)
 
-    def step(self, kind: Kind, group: dict[str, Any], t: int, gradient: Tensor) -> None:
+    def step(
+        self, kind: Kind, group: dict[str, Any], t: int, gradient: Tensor, multiple: float
+    ) -> None:
+        """`multiple`: of the momentum, that stands for what Muon makes of it."""
         lr, decay = group["lr"], group["weight_decay"]
-        decoupled = kind is T.AdamW or group.get("decoupled_weight_decay", False)
+        decoupled = kind in (T.AdamW, T.Muon) or group.get("decoupled_weight_decay", False)
         used = gradient + (0.0 if decoupled else decay) * self.theta
         if decoupled:
             self.theta = (1 - lr * decay) * self.theta
-        self.theta = self.theta - lr * self._move(kind, group, t, used)
+        self.theta = self.theta - lr * multiple * self._move(kind, group, t, used)
 
     def _move(self, kind: Kind, group: dict[str, Any], t: int, g: Tensor) -> Tensor:
         if kind in (T.SGD, T.RMSprop):
             self.buffer = group["momentum"] * self.buffer + g
             return self.buffer
+        if kind is T.Muon:
+            mu = group["momentum"]
+            self.buffer = mu * self.buffer + (1 - mu) * g
+            return (1 - mu) * g + mu * self.buffer if group["nesterov"] else self.buffer
         if kind is T.Adagrad:
             return g / (1 + (t - 1) * group["lr_decay"])
         beta1, beta2 = group["betas"]
@@ -71,7 +78,7 @@ class Moved:
 
 def dividing(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     """What the last update was divided by, elementwise."""
-    if kind is T.SGD:
+    if kind in (T.SGD, T.Muon):
         return torch.ones(())
     if kind is T.Adagrad:
         return state["sum"].sqrt() + group["eps"]
@@ -85,11 +92,41 @@ def dividing(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> Tensor
     return (second / unbiased).sqrt() + group["eps"]
 
 
+def orthogonal(matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """What Muon's polynomials make of the singular values, in full precision."""
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / matrix.norm()
+    a, b, c = group["ns_coefficients"]
+    for _ in range(group["ns_steps"]):
+        values = a * values + b * values**3 + c * values**5
+    return u @ torch.diag(values) @ v
+
+
+def nearest_multiple(parameter: Tensor, group: dict[str, Any], buffer: Tensor) -> float:
+    """The number that makes the momentum nearest to its orthogonal form, times Muon's own factor by
+    shape.
+    """
+    mu, gradient = group["momentum"], parameter.grad
+    assert gradient is not None
+    buffer = mu * buffer + (1 - mu) * gradient
+    used = (1 - mu) * gradient + mu * buffer if group["nesterov"] else buffer
+    own = torch.linalg.lstsq(
+        used.reshape(-1, 1), orthogonal(used, group).reshape(-1, 1)
+    ).solution.item()
+    rows, columns = parameter.shape
+    by_shape = {
+        None: max(1, rows / columns) ** 0.5,
+        "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+    }
+    return float(own * by_shape[group["adjust_lr_fn"]])
+
+
 def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
     """Relevance of a new pipeline: its training in float64 by torch's own optimiser on batch-of-one
     gradients, and d theta / d w_i of every sample carried forward beside it. D is that of the end.
     """
-    optimizer, kind = pipeline.optimizer, type(pipeline.optimizer)
+    optimizer = pipeline.optimizer
+    several = getattr(optimizer, "optimizers", [optimizer])
     model = in_float64(pipeline.model)
     parameters = dict(model.named_parameters())
     names = list(parameters)
@@ -97,6 +134,7 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
     for group in optimizer.param_groups:
         group["params"] = [parameters[twin[p]] for p in group["params"]]
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    kind_of = {p: type(one) for one in several for g in one.param_groups for p in g["params"]}
     # Adagrad has made its state already
     for old in list(optimizer.state):
         state = optimizer.state.pop(old)
@@ -118,14 +156,20 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
             changed = torch.zeros_like(moved[n].theta)
             for i, row in zip(ids, rows, strict=True):
                 changed[i] = sign * clip * row[n] / len(ids)
-            moved[n].step(kind, group_of[parameters[n]], t, changed)
+            p = parameters[n]
+            group, multiple = group_of[p], 1.0
+            if kind_of[p] is T.Muon:
+                buffer = optimizer.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p))
+                multiple = nearest_multiple(p, group, buffer)
+            moved[n].step(kind_of[p], group, t, changed, multiple)
         optimizer.step()
         pipeline.scheduler.step()
     root = {}
     for n in names:
         own = optimizer.state[parameters[n]]
+        kind = kind_of[parameters[n]]
         root[n] = dividing(kind, group_of[parameters[n]], own).rsqrt().expand_as(parameters[n])
-    if kind is not T.SGD:
+    if not all(one is T.SGD for one in kind_of.values()):
         root |= nearest_outer_products(root, factored)
     test_inputs, test_targets = pipeline.test.tensors
     tests = one_by_one_gradients(model, pipeline.loss, test_inputs.double(), test_targets, names)
@@ -139,8 +183,9 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES)
 def test_relevance_equals_the_float64_loop_through_the_optimisers_own_update(
-    case: str, tmp_path: Path
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    muon_without_rounding(monkeypatch)
     hydra_pipe.record(pipeline_of(case), tmp_path / "run", encoding="exact", dtype="float32")
     hydra_pipe.reduce(tmp_path / "run", method="hydra")
     run = hydra_pipe.open_run(tmp_path / "run")

@@ -13,12 +13,13 @@ import pytest
 import torch
 from oracles import forward_relevance, one_by_one_gradients, record_by_loop
 from support.compare import relative_error
+from support.optimizers import muon_and_adamw, muon_without_rounding
 from support.pipelines import conv_pipeline, cross_entropy, images, likelihood
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hydra_pipe
-from hydra_pipe import Pipeline
+from hydra_pipe import Pipeline, SeveralOptimizers
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
 from hydra_pipe.replay import products, solver
 from hydra_pipe.replay.lowrank import Basis
@@ -121,6 +122,22 @@ def part_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model[1].parameters(), lr=0.3, momentum=0.5)  # type: ignore[index]
 
 
+def muon(**options: Any) -> Optimizer:
+    return lambda model: muon_and_adamw(
+        [{"params": model.parameters()}], **({"lr": 0.02, "eps": 1e-3} | options)
+    )
+
+
+def sgd_and_adam(model: nn.Module) -> torch.optim.Optimizer:
+    first, second = model[1], model[4]  # type: ignore[index]
+    return SeveralOptimizers(
+        [
+            torch.optim.SGD(first.parameters(), lr=0.2, momentum=0.8, weight_decay=0.01),
+            torch.optim.Adam(second.parameters(), lr=0.02, eps=1e-3),
+        ]
+    )
+
+
 CASES: dict[str, Callable[[], Pipeline]] = {
     "plain": lambda: small(sgd()),
     "momentum and decay": lambda: small(sgd(momentum=0.9, weight_decay=0.01, lr=0.1)),
@@ -160,6 +177,9 @@ CASES: dict[str, Callable[[], Pipeline]] = {
     "Adagrad, begun above 0": lambda: small(
         adam(torch.optim.Adagrad, initial_accumulator_value=0.01), dropout=0.3
     ),
+    "Muon": lambda: small(muon(momentum=0.8, weight_decay=0.2), clip=0.3, cosine=True),
+    "Muon without Nesterov": lambda: small(muon(nesterov=False, adjust_lr_fn="match_rms_adamw")),
+    "SGD beside Adam": lambda: small(sgd_and_adam, clip=0.3, cosine=True),
     "climbing by SGD": lambda: small(
         sgd(momentum=0.9, weight_decay=0.01, lr=0.1, maximize=True), clip=0.3, loss=likelihood
     ),
@@ -190,6 +210,7 @@ def exact(build: Callable[[], Pipeline], run: Path, **options: Any) -> np.ndarra
 def test_relevance_is_that_of_finite_differences_of_training(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    muon_without_rounding(monkeypatch)
     # the store keeps float32: the sums themselves are held against the differences
     sums: list[np.ndarray] = []
     real = solver.Replay._sweep

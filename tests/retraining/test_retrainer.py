@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from support.optimizers import muon_and_adamw
 from support.pipelines import conv_pipeline, cross_entropy, images, mlp_pipeline
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
@@ -58,6 +59,14 @@ def adagrad() -> Pipeline:
 def nadam() -> Pipeline:
     pipeline = double(mlp_pipeline())
     pipeline.optimizer = torch.optim.NAdam(pipeline.model.parameters(), 0.01, momentum_decay=0.4)
+    return pipeline
+
+
+def muon() -> Pipeline:
+    """An update that is not elementwise, beside one that is."""
+    pipeline = double(mlp_pipeline())
+    pipeline.optimizer = muon_and_adamw([{"params": pipeline.model.parameters()}], lr=0.02)
+    pipeline.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(pipeline.optimizer, 10)
     return pipeline
 
 
@@ -125,7 +134,7 @@ def trained_by_torch(pipeline: Pipeline, weights: np.ndarray, mean_over: str) ->
 
 
 @pytest.mark.parametrize("mean_over", ["batch", "weights"])
-@pytest.mark.parametrize("build", [sgd, adamw, adagrad, nadam, dropout_and_norm, branches])
+@pytest.mark.parametrize("build", [sgd, adamw, adagrad, nadam, muon, dropout_and_norm, branches])
 def test_each_model_of_a_stack_is_what_torch_trains_alone(build: Build, mean_over: str) -> None:
     n = len(build().train)
     weights = np.random.default_rng(0).integers(0, 2, (3, n)).astype(np.float32)

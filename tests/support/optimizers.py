@@ -3,13 +3,31 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
-from hydra_pipe import Pipeline
+from hydra_pipe import Pipeline, SeveralOptimizers
 from support.pipelines import conv_net, conv_pipeline, cross_entropy, likelihood
 
 Kind = Callable[..., torch.optim.Optimizer]
 T = torch.optim
+
+
+def muon_and_adamw(
+    groups: list[dict[str, Any]], lr: float, eps: float = 1e-8, **options: Any
+) -> SeveralOptimizers:
+    """Muon of the matrices, and AdamW of the rest with the settings of its group."""
+    matrices: list[nn.Parameter] = []
+    others = []
+    for group in groups:
+        params = list(group["params"])
+        matrices += [p for p in params if p.dim() == 2]
+        others.append({**group, "params": [p for p in params if p.dim() != 2]})
+    return SeveralOptimizers(
+        [T.Muon(matrices, lr=lr, **options), T.AdamW(others, lr=lr, eps=eps, weight_decay=0.1)]
+    )
+
 
 # optimiser and options; two parameter groups, whose options differ as `OF_OTHERS` says
 CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
@@ -26,6 +44,11 @@ CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
     "RMSprop, centred": (T.RMSprop, {"lr": 0.003, "alpha": 0.9, "centered": True}),
     "Adagrad": (T.Adagrad, {"lr": 0.03, "lr_decay": 0.2, "weight_decay": 0.1}),
     "Adagrad, begun above 0": (T.Adagrad, {"lr": 0.03, "initial_accumulator_value": 0.1}),
+    "Muon beside AdamW": (muon_and_adamw, {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.2}),
+    "Muon without Nesterov": (
+        muon_and_adamw,
+        {"lr": 0.02, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+    ),
     "climbing by AdamW": (T.AdamW, {"lr": 0.01, "maximize": True, "weight_decay": 0.1}),
     "climbing by SGD": (T.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
 }
@@ -47,3 +70,17 @@ def pipeline_of(case: str, **changes: Any) -> Pipeline:
         "loss": likelihood if options.get("maximize") else cross_entropy,
     }
     return conv_pipeline(model=model, optimizer=optimizer, **(fields | changes))
+
+
+def muon_without_rounding(patch: pytest.MonkeyPatch) -> None:
+    """Let torch.optim.Muon work in the dtype of its parameters: its bfloat16 is no smooth function,
+    and makes float32 and float64 two trainings.
+    """
+    made = torch.optim._muon._zeropower_via_newtonschulz
+
+    def whole(*arguments: Any) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+            return made(*arguments)
+
+    patch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", whole)
