@@ -1082,6 +1082,7 @@ OPTIMIZERS: dict[str, Callable[[Path], object]] = {
         under(torch.optim.RMSprop), under(torch.optim.RMSprop, momentum=0.9, centered=True)
     ),
     "`Adagrad`": under(torch.optim.Adagrad, lr_decay=0.1),
+    "`Adafactor`": under(torch.optim.Adafactor),
     "`Muon`": lambda run: recorded(
         run,
         build=lambda: nn.Sequential(nn.Linear(D, 16, bias=False), nn.Linear(16, C, bias=False)),

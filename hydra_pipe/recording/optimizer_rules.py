@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import OptimizerError
+from hydra_pipe.maths import adafactor
 from hydra_pipe.maths.adam import inverse_root, root_preconditioner
 from hydra_pipe.maths.muon import best_multiple, orthogonalized, rate_of_shape
 from hydra_pipe.maths.step_factors import nadam_pace, nadam_shares, radam_rectification
@@ -243,6 +244,48 @@ class AdagradRule(OptimizerRule):
 
     def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
         return inverse_root(state["sum"], float(group["eps"]), present=state["sum"] > 0)
+
+
+class AdafactorRule(OptimizerRule):
+    """The rule of torch.optim.Adafactor. The rate, relative to the parameter, is measured."""
+
+    preconditioned = True
+    is_elementwise = False
+
+    def settings(self, group: Group) -> dict[str, float]:
+        decay = float(group["lr"]) * float(group["weight_decay"])
+        return _undamped(dict(group, weight_decay=0.0), 0.0) | {"decoupled_decay": decay}
+
+    def step_factor(self, state: State, group: Group) -> float:
+        rate, most = float(group["lr"]), float((_updates(state) + 1) ** -0.5)
+        return most / rate if rate > most else 1.0
+
+    def measured_factor(
+        self, parameter: nn.Parameter, gradient: Tensor, state: State, group: Group
+    ) -> Tensor | None:
+        shapes = adafactor.state_shapes(parameter.shape)
+        before = {
+            name: state.get(name, gradient.new_zeros(shape)) for name, shape in shapes.items()
+        }
+        share = (_updates(state) + 1) ** float(group["beta2_decay"])
+        eps1, eps2 = adafactor_eps(group, parameter)
+        moment = adafactor.second_moment(adafactor.averaged(before, gradient, share), eps1)
+        u = adafactor.divided(gradient, moment, eps1)
+        return adafactor.relative_size(parameter.detach(), u, eps2, float(group["d"]))
+
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        if not state:
+            return torch.zeros_like(parameter)
+        eps1, _ = adafactor_eps(group, parameter)
+        names = adafactor.state_shapes(parameter.shape)
+        moment = adafactor.second_moment({name: state[name] for name in names}, eps1)
+        return inverse_root(moment.clamp(min=eps1 * eps1), 0.0, present=moment > 0)
+
+
+def adafactor_eps(group: Group, parameter: Tensor) -> tuple[float, float]:
+    """Return eps1 and eps2 of a parameter group of torch.optim.Adafactor."""
+    eps1, eps2 = group["eps"]
+    return torch.finfo(parameter.dtype).eps if eps1 is None else float(eps1), float(eps2)
 
 
 def _undamped(group: Group, momentum: float) -> dict[str, float]:

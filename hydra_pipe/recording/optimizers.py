@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hydra_pipe.errors import OptimizerError
 from hydra_pipe.recording.optimizer_rules import (
+    AdafactorRule,
     AdagradRule,
     AdamRule,
     MuonRule,
@@ -31,6 +32,7 @@ _RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
     torch.optim.RAdam: RAdamRule(),
     torch.optim.RMSprop: RmsPropRule(),
     torch.optim.Adagrad: AdagradRule(),
+    torch.optim.Adafactor: AdafactorRule(),
     torch.optim.Muon: MuonRule(),
 }
 

@@ -27,7 +27,7 @@ from hydra_pipe.replay.products import batch_of, check_twice_differentiable
 from hydra_pipe.replay.sweep import ExactSweep, moving
 from hydra_pipe.replay.testing import test_gradients
 from hydra_pipe.replay.trajectory import Trajectory, restore, training_state
-from hydra_pipe.replay.updates import n_states
+from hydra_pipe.replay.updates import state_shapes
 from hydra_pipe.store import names
 from hydra_pipe.store.data.relevance import open_relevance, read_relevance, write_relevance
 from hydra_pipe.store.data.save_interval import SaveInterval
@@ -293,7 +293,11 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     parameter_bytes = sum(p.nbytes for p in parameters)
     optimizer = pipeline.optimizer
     owners = owners_of_groups(optimizer)
-    n_of_state = max(map(n_states, owners, optimizer.param_groups))
+    n_of_state = max(
+        len(state_shapes(owner, group, p.shape))
+        for owner, group in zip(owners, optimizer.param_groups, strict=True)
+        for p in group["params"]
+    )
     beside = sum(b.nbytes for b in pipeline.model.buffers())
     # the saved states of the random generators take some 30 KB
     state_bytes = (1 + n_of_state) * parameter_bytes + beside + 2**15

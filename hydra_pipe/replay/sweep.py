@@ -25,8 +25,8 @@ from hydra_pipe.replay.trajectory import Step, restore
 from hydra_pipe.replay.updates import (
     adjoint_of_update,
     differentiated,
-    n_states,
     not_differentiated,
+    state_shapes,
     update_of,
 )
 from hydra_pipe.training.pipeline import Pipeline
@@ -69,17 +69,18 @@ class ExactSweep:
         groups = {p: group for p, (_, group) in check_optimizer(optimizer, pipeline.model).items()}
         self.a = tests
         self._owners = owners_of_groups(optimizer)
-        counts = [
-            n_states(owner, group)
-            for owner, group in zip(self._owners, optimizer.param_groups, strict=True)
-        ]
         self._trained = [
-            _Trained(i, groups[p], [torch.zeros_like(tests[i]) for _ in range(counts[groups[p]])])
+            _Trained(i, groups[p], self._adjoints_of_state(p, groups[p], tests[i]))
             for i, p in enumerate(self._parameters)
             if p in groups
         ]
         # d l_j / d w_i, shape (sample, column)
         self.sums: NDArray[np.float64] = np.zeros((n_samples, len(tests[0])), np.float64)
+
+    def _adjoints_of_state(self, parameter: Tensor, group: int, a: Tensor) -> list[Tensor]:
+        settings = self._pipeline.optimizer.param_groups[group]
+        shapes = state_shapes(self._owners[group], settings, parameter.shape)
+        return [a.new_zeros(len(a), *shape) for shape in shapes]
 
     def arrays(self) -> dict[str, Floating]:
         """Return the state that resuming needs, by name: the adjoints and the sums."""

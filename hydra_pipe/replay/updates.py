@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydra_pipe.maths import adafactor
 from hydra_pipe.maths.muon import orthogonalized, rate_of_shape
 from hydra_pipe.maths.step_factors import nadam_shares, radam_rectification
+from hydra_pipe.recording.optimizer_rules import adafactor_eps
 from hydra_pipe.recording.several_optimizers import optimizers_in
 
 Group = Mapping[str, Any]
 States = dict[str, Tensor]
+Shape = Sequence[int]
 
 # Optimisers whose adjoints are written by hand, and the tensors of their state.
 _BY_HAND: dict[type[torch.optim.Optimizer], int] = {
@@ -37,14 +40,14 @@ class Update:
     """The update of one parameter by one kind of optimiser.
 
     Args:
-        states: function of a parameter group that returns the names of the state's tensors that
-            a later update depends on.
+        states: function of a parameter group and a parameter's shape. It returns the shapes, by
+            name, of the state's tensors that a later update depends on.
         step: function of group, t, theta, g and the states before the step. It returns theta and
             the states after the step.
         decays_by_itself: True if weight decay is no part of g, whatever the group says.
     """
 
-    states: Callable[[Group], tuple[str, ...]]
+    states: Callable[[Group, Shape], dict[str, Shape]]
     step: Callable[[Group, int, Tensor, Tensor, States], tuple[Tensor, States]]
     decays_by_itself: bool = False
 
@@ -67,10 +70,18 @@ def update_of(optimizer: torch.optim.Optimizer, group: Group) -> Update | None:
     return _UPDATES[type(optimizer)]
 
 
-def n_states(optimizer: torch.optim.Optimizer, group: Group) -> int:
-    """Return the number of the tensors in a parameter's state that a later update depends on."""
+def state_shapes(optimizer: torch.optim.Optimizer, group: Group, shape: Shape) -> list[Shape]:
+    """Return the shapes of the tensors in a parameter's state that a later update depends on.
+
+    Args:
+        optimizer: optimiser of the parameter.
+        group: its parameter group.
+        shape: its shape.
+    """
     update = update_of(optimizer, group)
-    return _BY_HAND[type(optimizer)] if update is None else len(update.states(group))
+    if update is None:
+        return [shape] * _BY_HAND[type(optimizer)]
+    return [*update.states(group, shape).values()]
 
 
 def adjoint_of_update(
@@ -97,12 +108,16 @@ def adjoint_of_update(
     Returns:
         The adjoint of the gradient, shape (column, ...).
     """
-    names = update.states(group)
+    names = update.states(group, theta.shape)
     number = int(state.get("step", 0)) + 1
     with torch.enable_grad():
         inputs = [
             x.detach().clone().requires_grad_()
-            for x in (theta, gradient, *(state.get(n, torch.zeros_like(theta)) for n in names))
+            for x in (
+                theta,
+                gradient,
+                *(state.get(name, theta.new_zeros(shape)) for name, shape in names.items()),
+            )
         ]
         own = dict(zip(names, inputs[2:], strict=True))
         used = inputs[1] if update.decays_by_itself else _used(group, *inputs[:2])
@@ -158,8 +173,9 @@ def _moments(group: Group, g: Tensor, states: States) -> States:
     }
 
 
-def _of_moments(_: Group) -> tuple[str, ...]:
-    return "exp_avg", "exp_avg_sq"
+def _elementwise(*names: str) -> Callable[[Group, Shape], dict[str, Shape]]:
+    """Return the `states` of an update whose state has these tensors of the parameter's shape."""
+    return lambda _, shape: dict.fromkeys(names, shape)
 
 
 def _amsgrad_step(
@@ -175,9 +191,10 @@ def _amsgrad_step(
     return moved, after | {"max_exp_avg_sq": largest}
 
 
-def _rmsprop_states(group: Group) -> tuple[str, ...]:
+def _rmsprop_states(group: Group, shape: Shape) -> dict[str, Shape]:
     centred = ("grad_avg",) if group["centered"] else ()
-    return ("square_avg", *centred, *(("momentum_buffer",) if group["momentum"] else ()))
+    momentum = ("momentum_buffer",) if group["momentum"] else ()
+    return dict.fromkeys(("square_avg", *centred, *momentum), shape)
 
 
 def _rmsprop_step(
@@ -242,11 +259,27 @@ def _muon_step(
     return shrunk - size * made, {"momentum_buffer": buffer}
 
 
-_AMSGRAD = Update(lambda group: (*_of_moments(group), "max_exp_avg_sq"), _amsgrad_step)
+def _adafactor_step(
+    group: Group, t: int, theta: Tensor, g: Tensor, states: States
+) -> tuple[Tensor, States]:
+    eps1, eps2 = adafactor_eps(group, theta)
+    rate = float(group["lr"])
+    after = adafactor.averaged(states, g, t ** float(group["beta2_decay"]))
+    u = adafactor.divided(g, adafactor.second_moment(after, eps1), eps1)
+    size = min(rate, t**-0.5) * adafactor.relative_size(theta, u, eps2, float(group["d"]))
+    return theta * (1.0 - rate * float(group["weight_decay"])) - size * u, after
+
+
+_AMSGRAD = Update(_elementwise("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _amsgrad_step)
 _UPDATES: dict[type[torch.optim.Optimizer], Update] = {
     torch.optim.RMSprop: Update(_rmsprop_states, _rmsprop_step),
-    torch.optim.Adagrad: Update(lambda _: ("sum",), _adagrad_step),
-    torch.optim.NAdam: Update(_of_moments, _nadam_step),
-    torch.optim.RAdam: Update(_of_moments, _radam_step),
-    torch.optim.Muon: Update(lambda _: ("momentum_buffer",), _muon_step, decays_by_itself=True),
+    torch.optim.Adagrad: Update(_elementwise("sum"), _adagrad_step),
+    torch.optim.NAdam: Update(_elementwise("exp_avg", "exp_avg_sq"), _nadam_step),
+    torch.optim.RAdam: Update(_elementwise("exp_avg", "exp_avg_sq"), _radam_step),
+    torch.optim.Muon: Update(_elementwise("momentum_buffer"), _muon_step, decays_by_itself=True),
+    torch.optim.Adafactor: Update(
+        lambda _, shape: dict(adafactor.state_shapes(shape)),
+        _adafactor_step,
+        decays_by_itself=True,
+    ),
 }

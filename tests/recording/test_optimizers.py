@@ -40,7 +40,9 @@ class Moved:
     ) -> None:
         """`multiple`: of the momentum, that stands for what Muon makes of it."""
         lr, decay = group["lr"], group["weight_decay"]
-        decoupled = kind in (T.AdamW, T.Muon) or group.get("decoupled_weight_decay", False)
+        decoupled = kind in (T.AdamW, T.Muon, T.Adafactor) or group.get(
+            "decoupled_weight_decay", False
+        )
         used = gradient + (0.0 if decoupled else decay) * self.theta
         if decoupled:
             self.theta = (1 - lr * decay) * self.theta
@@ -54,6 +56,8 @@ class Moved:
             mu = group["momentum"]
             self.buffer = mu * self.buffer + (1 - mu) * g
             return (1 - mu) * g + mu * self.buffer if group["nesterov"] else self.buffer
+        if kind is T.Adafactor:
+            return g
         if kind is T.Adagrad:
             return g / (1 + (t - 1) * group["lr_decay"])
         beta1, beta2 = group["betas"]
@@ -82,6 +86,10 @@ def dividing(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> Tensor
         return torch.ones(())
     if kind is T.Adagrad:
         return state["sum"].sqrt() + group["eps"]
+    if kind is T.Adafactor:
+        # of parameters in float32, which the package sees
+        eps = torch.finfo(torch.float32).eps if group["eps"][0] is None else group["eps"][0]
+        return adafactor_moment(state, eps).sqrt().clamp(min=eps)
     if kind is T.RMSprop:
         mean = state["grad_avg"] if group["centered"] else torch.zeros(())
         return (state["square_avg"] - mean**2).sqrt() + group["eps"]
@@ -119,6 +127,30 @@ def nearest_multiple(parameter: Tensor, group: dict[str, Any], buffer: Tensor) -
         "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
     }
     return float(own * by_shape[group["adjust_lr_fn"]])
+
+
+def adafactor_moment(state: dict[str, Tensor], eps: float) -> Tensor:
+    """Each element from the mean of its row, the mean of its column, and the mean of all."""
+    if "variance" in state:
+        return state["variance"]
+    rows, columns = state["row_var"].squeeze(-1), state["col_var"].squeeze(-2)
+    whole = rows.mean(-1).clamp(min=eps)
+    return torch.einsum("...r,...c,...->...rc", rows, columns, 1 / whole)
+
+
+def relative_rate(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> float:
+    """Adafactor's rate of this step over lr: its step is `rate * lr * g / sqrt(V)`."""
+    g, t = parameter.grad, float(state.get("step", 0)) + 1
+    assert g is not None
+    share, eps = t ** group["beta2_decay"], group["eps"][0] or torch.finfo(torch.float32).eps
+    after = {}
+    for name, dims in (("row_var", -1), ("col_var", -2)) if g.dim() > 1 else (("variance", ()),):
+        mean = (g**2).mean(dims, keepdim=True) if dims else g**2
+        after[name] = (1 - share) * state.get(name, 0.0) + share * mean
+    u = g / adafactor_moment(after, eps).sqrt().clamp(min=eps)
+    root = [float((x**2).mean().sqrt()) for x in (parameter.detach(), u)]
+    rate = max(group["eps"][1], root[0]) * min(group["lr"], t**-0.5)
+    return rate / max(1.0, root[1] / group["d"]) / group["lr"]
 
 
 def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
@@ -161,6 +193,8 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
             if kind_of[p] is T.Muon:
                 buffer = optimizer.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p))
                 multiple = nearest_multiple(p, group, buffer)
+            if kind_of[p] is T.Adafactor:
+                multiple = relative_rate(p, group, optimizer.state.get(p, {}))
             moved[n].step(kind_of[p], group, t, changed, multiple)
         optimizer.step()
         pipeline.scheduler.step()

@@ -179,6 +179,12 @@ CASES: dict[str, Callable[[], Pipeline]] = {
     ),
     "Muon": lambda: small(muon(momentum=0.8, weight_decay=0.2), clip=0.3, cosine=True),
     "Muon without Nesterov": lambda: small(muon(nesterov=False, adjust_lr_fn="match_rms_adamw")),
+    "Adafactor": lambda: small(
+        adam(torch.optim.Adafactor, lr=0.05, eps=(1e-3, 1e-3), weight_decay=0.1), clip=0.3
+    ),
+    "Adafactor, seldom clipped": lambda: small(
+        adam(torch.optim.Adafactor, lr=0.1, eps=(1e-3, 0.5), d=3.0), cosine=True
+    ),
     "SGD beside Adam": lambda: small(sgd_and_adam, clip=0.3, cosine=True),
     "climbing by SGD": lambda: small(
         sgd(momentum=0.9, weight_decay=0.01, lr=0.1, maximize=True), clip=0.3, loss=likelihood

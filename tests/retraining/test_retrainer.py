@@ -70,6 +70,12 @@ def muon() -> Pipeline:
     return pipeline
 
 
+def adafactor() -> Pipeline:
+    pipeline = double(mlp_pipeline())
+    pipeline.optimizer = torch.optim.Adafactor(pipeline.model.parameters(), 0.1)
+    return pipeline
+
+
 def dropout_and_norm() -> Pipeline:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -134,7 +140,9 @@ def trained_by_torch(pipeline: Pipeline, weights: np.ndarray, mean_over: str) ->
 
 
 @pytest.mark.parametrize("mean_over", ["batch", "weights"])
-@pytest.mark.parametrize("build", [sgd, adamw, adagrad, nadam, muon, dropout_and_norm, branches])
+@pytest.mark.parametrize(
+    "build", [sgd, adamw, adagrad, nadam, muon, adafactor, dropout_and_norm, branches]
+)
 def test_each_model_of_a_stack_is_what_torch_trains_alone(build: Build, mean_over: str) -> None:
     n = len(build().train)
     weights = np.random.default_rng(0).integers(0, 2, (3, n)).astype(np.float32)

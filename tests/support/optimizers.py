@@ -49,6 +49,8 @@ CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
         muon_and_adamw,
         {"lr": 0.02, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
     ),
+    "Adafactor": (T.Adafactor, {"lr": 0.05, "eps": (1e-3, 1e-3), "weight_decay": 0.1}),
+    "Adafactor, seldom clipped": (T.Adafactor, {"lr": 0.3, "d": 3.0, "beta2_decay": -0.5}),
     "climbing by AdamW": (T.AdamW, {"lr": 0.01, "maximize": True, "weight_decay": 0.1}),
     "climbing by SGD": (T.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
 }
@@ -60,7 +62,7 @@ def pipeline_of(case: str, **changes: Any) -> Pipeline:
     model = conv_net()
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    own = {} if kind is T.SGD else {"eps": 1e-3}
+    own = {} if kind in (T.SGD, T.Adafactor) else {"eps": 1e-3}
     optimizer = kind(
         [{"params": weights}, {"params": others, "lr": options["lr"] / 2, **OF_OTHERS}],
         **(own | options),
