@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hydra_pipe.per_sample.registry import register_layer_rule
     from hydra_pipe.probing import probe
     from hydra_pipe.recording.content_keys import content_keys
-    from hydra_pipe.recording.optimizer_rules import OptimizerRule
+    from hydra_pipe.recording.optimizer_rules import LionRule, OptimizerRule
     from hydra_pipe.recording.optimizers import register_optimizer_rule
     from hydra_pipe.recording.pending import StepNote
     from hydra_pipe.recording.recorder import Recorder
@@ -47,6 +47,7 @@ __all__ = [
     "Evaluation",
     "Fault",
     "HydraError",
+    "LionRule",
     "OptimizerRule",
     "Pipeline",
     "Recorder",
@@ -84,6 +85,7 @@ _HOMES = {
     "Evaluation": ("hydra_pipe.evaluation.run", "Evaluation"),
     "Fault": ("hydra_pipe.store.integrity.faults", "Fault"),
     "HydraError": ("hydra_pipe.errors", "HydraError"),
+    "LionRule": ("hydra_pipe.recording.optimizer_rules", "LionRule"),
     "OptimizerRule": ("hydra_pipe.recording.optimizer_rules", "OptimizerRule"),
     "Pipeline": ("hydra_pipe.training.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),

@@ -1050,6 +1050,26 @@ def by_several(
                 model.zero_grad()
 
 
+def of_package(module: str, name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """An optimizer as that package has it, which need not be there."""
+    kind: Any = type(name, (torch.optim.Optimizer,), {"__module__": module})
+    return lambda model: kind(model.parameters(), {})
+
+
+def by_accelerate(run: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state()
+    accelerate.state.GradientState._reset_state()
+    accelerator = accelerate.Accelerator(cpu=True)
+    recorded(run, optimizer=lambda model: accelerator.prepare(sgd(model)))
+
+
+def by_fabric(run: Path) -> None:
+    fabric = pytest.importorskip("lightning.fabric")
+    own = fabric.Fabric(accelerator="cpu", devices=1)
+    recorded(run, optimizer=lambda model: own.setup(model, sgd(model))[1])
+
+
 class Mine(torch.optim.SGD):
     pass
 
@@ -1101,6 +1121,17 @@ OPTIMIZERS: dict[str, Callable[[Path], object]] = {
         lambda m: torch.optim.SGD(
             [{"params": m[0].parameters(), "maximize": True}, {"params": m[2].parameters()}], lr=0.1
         ),
+    ),
+    "An optimizer that Accelerate or Fabric has wrapped": several(by_accelerate, by_fabric),
+    "`Lion`": refused_model(mlp, of_package("lion_pytorch", "Lion")),
+    "Schedule-free SGD and AdamW": refused_model(
+        mlp, of_package("schedulefree.adamw_schedulefree", "AdamWScheduleFree")
+    ),
+    "8-bit optimizers of bitsandbytes": refused_model(
+        mlp, of_package("bitsandbytes.optim.adamw", "AdamW8bit")
+    ),
+    "Optimizers of DeepSpeed": refused_model(
+        mlp, of_package("deepspeed.ops.adam.fused_adam", "FusedAdam")
     ),
     "`LBFGS`": refused_model(mlp, lambda m: torch.optim.LBFGS(m.parameters())),
     "Other optimizers": refused_model(mlp, lambda m: torch.optim.Adadelta(m.parameters())),

@@ -195,6 +195,51 @@ class MuonRule(OptimizerRule):
         return rate * best_multiple(used, made)
 
 
+class LionRule(OptimizerRule):
+    """The rule of Lion (Chen et al. 2023), for `register_optimizer_rule`: PyTorch has no Lion.
+
+    The optimizer moves theta by - lr (sign(U) + weight_decay theta), U = beta1 m + (1 - beta1) G,
+    and then sets m = beta2 m + (1 - beta2) G. Its groups have `lr`, `betas` and `weight_decay`,
+    and its state has m by the name `exp_avg`. The sign counts as the nearest multiple of U.
+    """
+
+    def check(self, group: Group, index: int) -> None:
+        beta1, beta2 = group["betas"]
+        if not 0.0 < beta1 <= beta2:
+            raise OptimizerError(
+                f"parameter group {index} has betas {(beta1, beta2)}: LionRule follows averages "
+                "with 0 < beta1 <= beta2, as Lion is used"
+            )
+
+    def settings(self, group: Group) -> dict[str, float]:
+        beta1, beta2 = map(float, group["betas"])
+        rate = float(group["lr"])
+        # With equal betas U is m. Else U = (1 - beta1 / beta2) (G + beta2 v) for v = k m after the
+        # step with k = beta1 / (beta2 (beta2 - beta1)), which is Nesterov's form.
+        gain = 1.0 - beta2
+        if beta1 < beta2:
+            gain *= beta1 / (beta2 * (beta2 - beta1))
+        return {
+            "learning_rate": rate,
+            "momentum": beta2,
+            "dampening": 1.0 - gain,
+            "weight_decay": 0.0,
+            "nesterov": float(beta1 < beta2),
+            "decoupled_decay": rate * float(group["weight_decay"]),
+        }
+
+    def step_factor(self, state: State, group: Group) -> float:
+        beta1, beta2 = map(float, group["betas"])
+        return 1.0 - beta1 / beta2 if beta1 < beta2 else 1.0
+
+    def measured_factor(
+        self, parameter: nn.Parameter, gradient: Tensor, state: State, group: Group
+    ) -> Tensor | None:
+        average = state.get("exp_avg", torch.zeros_like(gradient))
+        used = average.lerp(gradient, 1.0 - float(group["betas"][0]))
+        return best_multiple(used, used.sign())
+
+
 class RAdamRule(AdamRule):
     """The rule of torch.optim.RAdam. Its first steps, which have no preconditioner, count as 0."""
 

@@ -142,6 +142,17 @@ def _kind_in_words(optimizer: Any) -> str:
             "sharded over processes, of which each updates a part; wrap the model in "
             "DistributedDataParallel, not the optimizer"
         )
+    if type(optimizer).__name__ == "Lion":
+        return (
+            "an optimizer that moves by a sign, whose derivative is 0. If it takes the steps of "
+            "Chen et al. (2023), register_optimizer_rule(Lion, hydra_pipe.LionRule()) lets the "
+            "sign count as a multiple of its average"
+        )
+    if home == "schedulefree":
+        return (
+            "schedule-free, which takes gradients at other weights than it averages; use the "
+            "optimizer of the same name with a schedule"
+        )
     if home == "deepspeed":
         return (
             "DeepSpeed's, which holds gradients in shards; train without it, with "

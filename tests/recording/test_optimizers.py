@@ -11,17 +11,26 @@ import torch
 from oracles import in_float64, nearest_outer_products, one_by_one_gradients
 from rows import differences, stored_rows
 from support.compare import relative_error
-from support.optimizers import CASES, Kind, muon_without_rounding, pipeline_of
+from support.optimizers import CASES, Kind, Lion, muon_without_rounding, pipeline_of
 from support.pipelines import conv_net, cross_entropy
 from torch import Tensor
 
 import hydra_pipe
-from hydra_pipe import Pipeline, Recorder
+from hydra_pipe import LionRule, Pipeline, Recorder
 from hydra_pipe.errors import OptimizerError, RecordWarning
+from hydra_pipe.recording import optimizers
 from hydra_pipe.training.batches import epoch_order
 
 T = torch.optim
-pytestmark = pytest.mark.filterwarnings("ignore:the optimizer has maximize=True")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the optimizer has maximize=True"),
+    pytest.mark.usefixtures("_lion_is_taught"),
+]
+
+
+@pytest.fixture
+def _lion_is_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(optimizers._RULES, Lion, LionRule())
 
 
 class Moved:
@@ -40,7 +49,7 @@ class Moved:
     ) -> None:
         """`multiple`: of the momentum, that stands for what Muon makes of it."""
         lr, decay = group["lr"], group["weight_decay"]
-        decoupled = kind in (T.AdamW, T.Muon, T.Adafactor) or group.get(
+        decoupled = kind in (T.AdamW, T.Muon, T.Adafactor, Lion) or group.get(
             "decoupled_weight_decay", False
         )
         used = gradient + (0.0 if decoupled else decay) * self.theta
@@ -58,6 +67,11 @@ class Moved:
             return (1 - mu) * g + mu * self.buffer if group["nesterov"] else self.buffer
         if kind is T.Adafactor:
             return g
+        if kind is Lion:
+            beta1, beta2 = group["betas"]
+            used = beta1 * self.buffer + (1 - beta1) * g
+            self.buffer = beta2 * self.buffer + (1 - beta2) * g
+            return used
         if kind is T.Adagrad:
             return g / (1 + (t - 1) * group["lr_decay"])
         beta1, beta2 = group["betas"]
@@ -82,7 +96,7 @@ class Moved:
 
 def dividing(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     """What the last update was divided by, elementwise."""
-    if kind in (T.SGD, T.Muon):
+    if kind in (T.SGD, T.Muon, Lion):
         return torch.ones(())
     if kind is T.Adagrad:
         return state["sum"].sqrt() + group["eps"]
@@ -193,6 +207,10 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
             if kind_of[p] is T.Muon:
                 buffer = optimizer.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p))
                 multiple = nearest_multiple(p, group, buffer)
+            if kind_of[p] is Lion:
+                average = optimizer.state.get(p, {}).get("exp_avg", torch.zeros_like(p))
+                used = group["betas"][0] * average + (1 - group["betas"][0]) * p.grad
+                multiple = float(used.abs().sum() / used.norm() ** 2)
             if kind_of[p] is T.Adafactor:
                 multiple = relative_rate(p, group, optimizer.state.get(p, {}))
             moved[n].step(kind_of[p], group, t, changed, multiple)
@@ -203,7 +221,7 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
         own = optimizer.state[parameters[n]]
         kind = kind_of[parameters[n]]
         root[n] = dividing(kind, group_of[parameters[n]], own).rsqrt().expand_as(parameters[n])
-    if not all(one is T.SGD for one in kind_of.values()):
+    if not all(one in (T.SGD, Lion) for one in kind_of.values()):
         root |= nearest_outer_products(root, factored)
     test_inputs, test_targets = pipeline.test.tensors
     tests = one_by_one_gradients(model, pipeline.loss, test_inputs.double(), test_targets, names)
@@ -297,3 +315,14 @@ def test_radam_that_never_uses_its_second_moment_is_refused(tmp_path: Path) -> N
     optimizer = T.RAdam(model.parameters(), betas=(0.9, 0.6))
     with pytest.raises(OptimizerError, match=r"raise beta2 above 2/3, or use torch\.optim\.SGD"):
         Recorder(model, optimizer, tmp_path / "run", n_samples=4)
+
+
+def test_lions_whose_averages_are_another_are_refused(tmp_path: Path) -> None:
+    model = conv_net()
+    with pytest.raises(OptimizerError, match=r"betas \(0\.99, 0\.9\): LionRule follows averages"):
+        Recorder(
+            model,
+            Lion(model.parameters(), lr=1e-3, betas=(0.99, 0.9)),
+            tmp_path / "run",
+            n_samples=4,
+        )

@@ -29,6 +29,23 @@ def muon_and_adamw(
     )
 
 
+class Lion(torch.optim.Optimizer):
+    """As Chen et al. (2023) have it."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"weight_decay": 0.0} | options)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * average.lerp(p.grad, 1 - beta1).sign())
+                average.lerp_(p.grad, 1 - beta2)
+
+
 # optimiser and options; two parameter groups, whose options differ as `OF_OTHERS` says
 CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
     "amsgrad": (T.AdamW, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.5)}),
@@ -51,6 +68,8 @@ CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
     ),
     "Adafactor": (T.Adafactor, {"lr": 0.05, "eps": (1e-3, 1e-3), "weight_decay": 0.1}),
     "Adafactor, seldom clipped": (T.Adafactor, {"lr": 0.3, "d": 3.0, "beta2_decay": -0.5}),
+    "Lion": (Lion, {"lr": 1e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "Lion with equal betas": (Lion, {"lr": 1e-3, "betas": (0.9, 0.9)}),
     "climbing by AdamW": (T.AdamW, {"lr": 0.01, "maximize": True, "weight_decay": 0.1}),
     "climbing by SGD": (T.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
 }
@@ -62,7 +81,7 @@ def pipeline_of(case: str, **changes: Any) -> Pipeline:
     model = conv_net()
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    own = {} if kind in (T.SGD, T.Adafactor) else {"eps": 1e-3}
+    own = {} if kind in (T.SGD, T.Adafactor, Lion) else {"eps": 1e-3}
     optimizer = kind(
         [{"params": weights}, {"params": others, "lr": options["lr"] / 2, **OF_OTHERS}],
         **(own | options),
