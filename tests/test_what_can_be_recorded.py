@@ -805,6 +805,26 @@ def fgsm(run: Path) -> None:
     recorded(run, losses=lambda m: classified(m, attacked(m)), loop=loop)
 
 
+def noisy(run: Path) -> None:
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = sgd(model)
+    with Recorder(
+        model, optimizer, run, n_samples=B, encoding="exact", dtype="float32"
+    ) as recorder:
+        one_step(of_means, recorder, model, optimizer)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        with recorder.paused():
+            truth = gradients_of_losses(of_means(model), dict(model.named_parameters()))
+        one_step(of_means, recorder, model, optimizer)
+    samples, rows = stored_rows(run)
+    second = zip(samples[B:], rows[B:], strict=True)
+    assert all(max(differences([row], [truth[k]]).values()) < 1e-4 for k, row in second)
+
+
 def sam(run: Path) -> None:
     def climb(model: nn.Module) -> list[Tensor]:
         of_means(model).sum().backward()
@@ -992,6 +1012,7 @@ LOOPS: dict[str, Callable[[Path], object]] = {
         run, loop=with_gradients(lambda m: nn.utils.clip_grad_value_(m.parameters(), 0.01))
     ),
     "`.grad` changed by hand": lambda run: recorded(run, loop=with_gradients(add_noise)),
+    "Noise added to the weights": noisy,
     "A gradient scaler": scaled,
     "Autocast": autocast,
     "A checkpoint, and another process": resumed,

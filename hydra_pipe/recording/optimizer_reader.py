@@ -16,7 +16,7 @@ from hydra_pipe.store.data.gradients import GROUP_COLUMNS, PACE_COLUMNS
 
 _NO_STATE: Mapping[str, Any] = {}
 _STEP = "step"
-_STEP_FACTOR = "step_factor"
+_STEP_FACTOR, _GAIN = "step_factor", "gain_factor"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Measured:
     """Factors of one step that rules have measured.
 
     Args:
-        factors: the step's step factors by block, to be multiplied.
+        factors: a column of the step's factors by block, to be multiplied.
         blocks: blocks to multiply.
         values: factor of each of these blocks, shape (block,), on the device.
     """
@@ -132,7 +132,7 @@ class OptimizerReader:
         groups = self._optimizer.param_groups
         of_groups = [rule.settings(group) for rule, group in zip(self._rules, groups, strict=True)]
         states, started = self._optimizer.state, []
-        measured: dict[int, Tensor] = {}
+        measured: dict[str, dict[int, Tensor]] = {}
         factors: dict[str, list[float]] = {name: [] for name in self._names}
         on_device: list[tuple[int, int, Tensor]] = []
         for index, ((parameter, group), gradient) in enumerate(
@@ -143,7 +143,9 @@ class OptimizerReader:
             if gradient is not None:
                 value = rule.measured_factor(parameter, gradient, state, groups[group])
                 if value is not None:
-                    measured[index] = value
+                    # a step without momentum has no v, and its G moves the parameter at once
+                    in_buffer = rule.measures_gain and of_groups[group]["momentum"] != 0.0
+                    measured.setdefault(_GAIN if in_buffer else _STEP_FACTOR, {})[index] = value
             count = state.get(_STEP)
             if isinstance(count, Tensor) and count.device.type != "cpu":
                 on_device.append((index, group, count))
@@ -162,9 +164,9 @@ class OptimizerReader:
                     torch.stack([count for *_, count in on_device]),
                 )
             )
-        if measured:
-            values_of = torch.stack([value.detach().double() for value in measured.values()])
-            self._measured.append(_Measured(factors[_STEP_FACTOR], list(measured), values_of))
+        for name, of_blocks in measured.items():
+            stacked = torch.stack([value.detach().double() for value in of_blocks.values()])
+            self._measured.append(_Measured(factors[name], list(of_blocks), stacked))
         values: dict[str, Any] = {
             name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS
         }

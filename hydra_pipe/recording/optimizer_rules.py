@@ -40,6 +40,9 @@ class OptimizerRule:
     preconditioned = False
     #: True if `paces` are not 1; then they are stored in the step tables.
     has_paces = False
+    #: True if `measured_factor` multiplies G where G enters v, not the learning rate. `has_paces`
+    #: is then True.
+    measures_gain = False
     #: True if elements of a parameter do not depend on each other within the update.
     is_elementwise = True
 
@@ -65,7 +68,9 @@ class OptimizerRule:
     def measured_factor(
         self, parameter: nn.Parameter, gradient: Tensor, state: State, group: Group
     ) -> Tensor | None:
-        """Return a further factor of the learning rate that depends on values, a scalar, or None.
+        """Return a further factor that depends on values, a scalar, or None.
+
+        It multiplies the learning rate, or G if `measures_gain`.
 
         Such a factor is one number for the whole parameter, as a layer's rate by its norm (LARS).
         The host does not wait for the number. All values are those just before the step.

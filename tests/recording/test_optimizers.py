@@ -11,7 +11,7 @@ import torch
 from oracles import in_float64, nearest_outer_products, one_by_one_gradients
 from rows import differences, stored_rows
 from support.compare import relative_error
-from support.optimizers import CASES, Kind, Lion, muon_without_rounding, pipeline_of
+from support.optimizers import CASES, Kind, Lars, LarsRule, Lion, muon_without_rounding, pipeline_of
 from support.pipelines import conv_net, cross_entropy
 from torch import Tensor
 
@@ -24,13 +24,14 @@ from hydra_pipe.training.batches import epoch_order
 T = torch.optim
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the optimizer has maximize=True"),
-    pytest.mark.usefixtures("_lion_is_taught"),
+    pytest.mark.usefixtures("_are_taught"),
 ]
 
 
 @pytest.fixture
-def _lion_is_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+def _are_taught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(optimizers._RULES, Lion, LionRule())
+    monkeypatch.setitem(optimizers._RULES, Lars, LarsRule())
 
 
 class Moved:
@@ -55,10 +56,12 @@ class Moved:
         used = gradient + (0.0 if decoupled else decay) * self.theta
         if decoupled:
             self.theta = (1 - lr * decay) * self.theta
+        if kind is Lars:
+            used, multiple = multiple * used, 1.0
         self.theta = self.theta - lr * multiple * self._move(kind, group, t, used)
 
     def _move(self, kind: Kind, group: dict[str, Any], t: int, g: Tensor) -> Tensor:
-        if kind in (T.SGD, T.RMSprop):
+        if kind in (T.SGD, T.RMSprop, Lars):
             self.buffer = group["momentum"] * self.buffer + g
             return self.buffer
         if kind is T.Muon:
@@ -96,7 +99,7 @@ class Moved:
 
 def dividing(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     """What the last update was divided by, elementwise."""
-    if kind in (T.SGD, T.Muon, Lion):
+    if kind in (T.SGD, T.Muon, Lion, Lars):
         return torch.ones(())
     if kind is T.Adagrad:
         return state["sum"].sqrt() + group["eps"]
@@ -167,6 +170,20 @@ def relative_rate(parameter: Tensor, group: dict[str, Any], state: dict[str, Any
     return rate / max(1.0, root[1] / group["d"]) / group["lr"]
 
 
+def measured(kind: Kind, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> float:
+    """The factor of the next step that depends on values."""
+    zeros = torch.zeros_like(p)
+    if kind is T.Muon:
+        return nearest_multiple(p, group, state.get("momentum_buffer", zeros))
+    if kind is Lion:
+        beta1 = group["betas"][0]
+        used = beta1 * state.get("exp_avg", zeros) + (1 - beta1) * p.grad
+        return float(used.abs().sum() / used.norm() ** 2)
+    if kind is Lars:
+        return Lars.rate(p, group).item()
+    return relative_rate(p, group, state) if kind is T.Adafactor else 1.0
+
+
 def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
     """Relevance of a new pipeline: its training in float64 by torch's own optimiser on batch-of-one
     gradients, and d theta / d w_i of every sample carried forward beside it. D is that of the end.
@@ -203,16 +220,8 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
             for i, row in zip(ids, rows, strict=True):
                 changed[i] = sign * clip * row[n] / len(ids)
             p = parameters[n]
-            group, multiple = group_of[p], 1.0
-            if kind_of[p] is T.Muon:
-                buffer = optimizer.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p))
-                multiple = nearest_multiple(p, group, buffer)
-            if kind_of[p] is Lion:
-                average = optimizer.state.get(p, {}).get("exp_avg", torch.zeros_like(p))
-                used = group["betas"][0] * average + (1 - group["betas"][0]) * p.grad
-                multiple = float(used.abs().sum() / used.norm() ** 2)
-            if kind_of[p] is T.Adafactor:
-                multiple = relative_rate(p, group, optimizer.state.get(p, {}))
+            group, own = group_of[p], optimizer.state.get(p, {})
+            multiple = measured(kind_of[p], p, group, own)
             moved[n].step(kind_of[p], group, t, changed, multiple)
         optimizer.step()
         pipeline.scheduler.step()
@@ -221,7 +230,7 @@ def by_loop(pipeline: Pipeline, factored: list[str]) -> np.ndarray:
         own = optimizer.state[parameters[n]]
         kind = kind_of[parameters[n]]
         root[n] = dividing(kind, group_of[parameters[n]], own).rsqrt().expand_as(parameters[n])
-    if not all(one in (T.SGD, Lion) for one in kind_of.values()):
+    if not all(one in (T.SGD, Lion, Lars) for one in kind_of.values()):
         root |= nearest_outer_products(root, factored)
     test_inputs, test_targets = pipeline.test.tensors
     tests = one_by_one_gradients(model, pipeline.loss, test_inputs.double(), test_targets, names)

@@ -1,13 +1,13 @@
 """Trainings of a moment by optimisers beside SGD and Adam."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hydra_pipe import Pipeline, SeveralOptimizers
+from hydra_pipe import OptimizerRule, Pipeline, SeveralOptimizers
 from support.pipelines import conv_net, conv_pipeline, cross_entropy, likelihood
 
 Kind = Callable[..., torch.optim.Optimizer]
@@ -46,6 +46,51 @@ class Lion(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - beta2)
 
 
+class Lars(torch.optim.Optimizer):
+    """As You et al. (2017) have it."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"weight_decay": 0.0, "momentum": 0.0, "trust": 0.02} | options)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
+                used = self.rate(p, group) * (p.grad + group["weight_decay"] * p)
+                buffer.mul_(group["momentum"]).add_(used)
+                p.sub_(group["lr"] * buffer)
+
+    @staticmethod
+    def rate(p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
+        assert p.grad is not None
+        return group["trust"] * p.norm() / (p.grad.norm() + group["weight_decay"] * p.norm())
+
+
+class LarsRule(OptimizerRule):
+    """As docs/optimiser.md has it."""
+
+    has_paces = measures_gain = True
+    is_elementwise = False
+
+    def settings(self, group: Mapping[str, Any]) -> dict[str, float]:
+        found = {name: float(group[name]) for name in ("momentum", "weight_decay")}
+        none = {"dampening": 0.0, "nesterov": 0.0, "decoupled_decay": 0.0}
+        return {"learning_rate": float(group["lr"])} | found | none
+
+    def measured_factor(
+        self,
+        parameter: nn.Parameter,
+        gradient: torch.Tensor,
+        state: Mapping[str, Any],
+        group: Mapping[str, Any],
+    ) -> torch.Tensor:
+        norm = parameter.detach().norm()
+        return group["trust"] * norm / (gradient.norm() + float(group["weight_decay"]) * norm)
+
+
+# optimizers whose rules users register
+TAUGHT = (Lion, Lars)
 # optimiser and options; two parameter groups, whose options differ as `OF_OTHERS` says
 CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
     "amsgrad": (T.AdamW, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.5)}),
@@ -70,6 +115,8 @@ CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
     "Adafactor, seldom clipped": (T.Adafactor, {"lr": 0.3, "d": 3.0, "beta2_decay": -0.5}),
     "Lion": (Lion, {"lr": 1e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}),
     "Lion with equal betas": (Lion, {"lr": 1e-3, "betas": (0.9, 0.9)}),
+    "LARS": (Lars, {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.1}),
+    "LARS without momentum": (Lars, {"lr": 0.5}),
     "climbing by AdamW": (T.AdamW, {"lr": 0.01, "maximize": True, "weight_decay": 0.1}),
     "climbing by SGD": (T.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
 }
@@ -81,7 +128,7 @@ def pipeline_of(case: str, **changes: Any) -> Pipeline:
     model = conv_net()
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    own = {} if kind in (T.SGD, T.Adafactor, Lion) else {"eps": 1e-3}
+    own = {} if kind in (T.SGD, T.Adafactor, Lion, Lars) else {"eps": 1e-3}
     optimizer = kind(
         [{"params": weights}, {"params": others, "lr": options["lr"] / 2, **OF_OTHERS}],
         **(own | options),

@@ -83,7 +83,11 @@ BUILDERS: dict[str, Callable[[], Pipeline]] = {
     "SGD, clipped, two groups, cosine": lambda: conv_pipeline(epochs=4),
     "AdamW, dropout, augmented": dropout_pipeline,
     "AdamW, dropout, augmented, two workers": lambda: dropout_pipeline(2),
-} | {case: partial(pipeline_of, case, epochs=4) for case in CASES if "Lion" not in case}
+} | {
+    case: partial(pipeline_of, case, epochs=4)
+    for case in CASES
+    if case.split()[0] not in ("Lion", "LARS")
+}
 
 
 def facts(run: Path) -> object:
