@@ -28,8 +28,8 @@ def caveats(recording: SoFar, summary: dict[str, Any], losses: NDArray[np.float3
         says.append("some gradients are projected: their norms and shares are estimates")
     if store.preconditioned:
         says.append(
-            "the optimiser divides the gradient, as Adam does: norms and shares are those before the "
-            "division; the change of the tests is with the preconditioner of these tests"
+            "the optimiser divides the gradient, as Adam does: norms and shares are those before "
+            "the division; the change of the tests is with the preconditioner of these tests"
         )
     says.append(_of_tests(recording, summary))
     return says
