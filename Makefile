@@ -42,11 +42,11 @@ docs: $(VENV)/with-$(EXTRAS)
 	$(BIN)/python -m sphinx -W --keep-going -q -j auto docs build/site
 	@echo build/site/index.html
 
-# Byte code is made on all cores, where pip takes one; files for other versions of Python are passed over, as pip does.
+# Byte code for tests is made on all cores, where pip takes one; the demo imports a tenth of the files, and makes their own.
 $(VENV)/with-%: pyproject.toml constraints.txt hydra_pipe/maths/_rows.c hydra_pipe/reduction/_kernels.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[$*]'
-	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
+	$(if $(findstring dev,$*),$(BIN)/python -m compileall -qq -j 0 -x "/tests/" $(VENV)/lib || true)
 	touch $@
 
 clean:
