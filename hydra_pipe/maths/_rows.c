@@ -5,6 +5,8 @@
  *     pixels. `out` gets the row, its sketch, or some of its elements.
  * elements(left, right, grids, out, threads)
  *     Some elements of sum_p left[p, o] * right[p, i] of each sample.
+ * lines(tokens, values, columns, signs, run, out, threads)
+ *     Sketch of rows that are zero outside of some lines of a table. Column and sign are looked up for these lines alone.
  * sketch(rows, columns, signs, run, out, threads)
  *     out[column of e] += signs[e] * rows[e] of each row. `columns` has the column of the first of each `run` elements.
  * channel_sums(inputs, gradient, eps, rows, bounds, threads)
@@ -179,6 +181,22 @@ static void add_to_sketch(const Sketch *sketch, const float *row, float *out) {
     }
 }
 
+/* Adds elements [at, end) of a block, `values`, to their columns. Returns -1 if a column is beyond the sketch. */
+static int add_part_to_sketch(const Sketch *sketch, Py_ssize_t at, Py_ssize_t end, const float *values, float *out) {
+    Py_ssize_t run = sketch->run, k = sketch->n_columns;
+    while (at < end) {
+        Py_ssize_t place = at % run, n = smaller(run - place, end - at), first = sketch->columns[at / run], i = 0;
+        if (first < 0 || first >= k) return -1;
+        Py_ssize_t column = (first + place) % k, together = smaller(n, k - column);
+        const int8_t *signs = sketch->signs + at;
+        for (; i < together; i++) out[column + i] += signs[i] * values[i];
+        for (; i < n; i++) out[(column + i) % k] += signs[i] * values[i];
+        values += n;
+        at += n;
+    }
+    return 0;
+}
+
 /* Numbers of the outputs and inputs of grids of elements; `outputs` is NULL without grids. */
 typedef struct {
     const int64_t *outputs, *inputs;
@@ -322,6 +340,34 @@ static void sketch_rows(void *given) {
         float *out = (float *)(job->out + row * job->out_stride);
         memset(out, 0, job->sketch.n_columns * sizeof(float));
         add_to_sketch(&job->sketch, (const float *)(job->rows + row * job->row_stride), out);
+    }
+}
+
+/* Values of some lines of a block, whose numbers are tokens. */
+typedef struct {
+    Sketch sketch;
+    const char *tokens, *values;
+    Py_ssize_t token_strides[2], value_strides[2]; /* in bytes, of sample, position */
+    char *out;
+    Py_ssize_t batch, positions, width, out_stride, next;
+    int failed;
+} Lines;
+
+static void sketch_lines(void *given) {
+    Lines *job = given;
+    Py_ssize_t sample, n_lines = job->sketch.n / job->width;
+    while ((sample = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->batch) {
+        float *out = (float *)(job->out + sample * job->out_stride);
+        const char *tokens = job->tokens + sample * job->token_strides[0], *values = job->values + sample * job->value_strides[0];
+        memset(out, 0, job->sketch.n_columns * sizeof(float));
+        for (Py_ssize_t p = 0; p < job->positions; p++) {
+            int64_t line = *(const int64_t *)(tokens + p * job->token_strides[1]);
+            const float *own = (const float *)(values + p * job->value_strides[1]);
+            if (line < 0 || line >= n_lines || add_part_to_sketch(&job->sketch, line * job->width, (line + 1) * job->width, own, out)) {
+                __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+                return;
+            }
+        }
     }
 }
 
@@ -581,19 +627,27 @@ static Py_buffer *take_rows(Buffers *buffers, PyObject *object, const char *what
     return view;
 }
 
-static int take_sketch(Buffers *buffers, PyObject *columns_object, PyObject *signs_object, Py_ssize_t run, Py_ssize_t n,
-                       Py_ssize_t n_columns, Sketch *out) {
+/* Columns and signs of n elements. Not all columns are looked at: each has to be held against `n_columns` where it is used. */
+static int take_columns(Buffers *buffers, PyObject *columns_object, PyObject *signs_object, Py_ssize_t run, Py_ssize_t n,
+                        Py_ssize_t n_columns, Sketch *out) {
     Py_buffer *columns = take_vector(buffers, columns_object, "columns", "il", 4), *signs;
     if (!columns) return -1;
     signs = take_vector(buffers, signs_object, "signs", "b", 1);
     if (!signs) return -1;
+    if (n < 0) n = signs->shape[0];
     if (run < 1 || n_columns < 1 || signs->shape[0] != n || columns->shape[0] * run != n) {
         PyErr_Format(PyExc_ValueError, "%zd columns of runs of %zd and %zd signs for %zd elements", columns->shape[0], run,
                      signs->shape[0], n);
         return -1;
     }
     *out = (Sketch){columns->buf, signs->buf, n, run, n_columns};
-    for (Py_ssize_t k = 0; k < columns->shape[0]; k++)
+    return 0;
+}
+
+static int take_sketch(Buffers *buffers, PyObject *columns_object, PyObject *signs_object, Py_ssize_t run, Py_ssize_t n,
+                       Py_ssize_t n_columns, Sketch *out) {
+    if (take_columns(buffers, columns_object, signs_object, run, n, n_columns, out)) return -1;
+    for (Py_ssize_t k = 0; k < n / run; k++)
         if (out->columns[k] < 0 || out->columns[k] >= n_columns) {
             PyErr_SetString(PyExc_IndexError, "a column is beyond the sketch");
             return -1;
@@ -835,6 +889,44 @@ static PyObject *sketch(PyObject *module, PyObject *arguments) {
     return done(&buffers, 0);
 }
 
+static PyObject *lines(PyObject *module, PyObject *arguments) {
+    PyObject *tokens_object, *values_object, *columns_object, *signs_object, *out_object;
+    Py_ssize_t run, threads;
+    Buffers buffers = {.n = 0};
+    Lines job = {.next = 0};
+    if (!PyArg_ParseTuple(arguments, "OOOOnOn:lines", &tokens_object, &values_object, &columns_object, &signs_object, &run, &out_object,
+                          &threads))
+        return NULL;
+    Py_buffer *tokens = take(&buffers, tokens_object, "tokens", "lq", 8, 2, 2, 0), *values, *out;
+    if (!tokens) return done(&buffers, 1);
+    values = take_floats(&buffers, values_object, "values", 3, 3);
+    if (!values) return done(&buffers, 1);
+    out = take_rows(&buffers, out_object, "out", tokens->shape[0], 1);
+    if (!out || take_columns(&buffers, columns_object, signs_object, run, -1, out->shape[1], &job.sketch)) return done(&buffers, 1);
+    job.width = values->shape[2];
+    if (values->shape[0] != tokens->shape[0] || values->shape[1] != tokens->shape[1] || job.width < 1 || job.sketch.n % job.width ||
+        (job.width > 1 && values->strides[2] != sizeof(float))) {
+        PyErr_SetString(PyExc_ValueError, "tokens, values and signs do not fit, or the values of a line are not neighbours");
+        return done(&buffers, 1);
+    }
+    job.tokens = tokens->buf;
+    job.values = values->buf;
+    memcpy(job.token_strides, tokens->strides, sizeof(job.token_strides));
+    memcpy(job.value_strides, values->strides, sizeof(job.value_strides));
+    job.batch = tokens->shape[0];
+    job.positions = tokens->shape[1];
+    job.out = out->buf;
+    job.out_stride = out->strides[0];
+    Py_BEGIN_ALLOW_THREADS
+    in_threads(sketch_lines, &job, (double)job.batch * job.positions * job.width, job.batch, threads);
+    Py_END_ALLOW_THREADS
+    if (job.failed) {
+        PyErr_SetString(PyExc_IndexError, "a token is beyond the lines, or a column beyond the sketch");
+        return done(&buffers, 1);
+    }
+    return done(&buffers, 0);
+}
+
 static PyObject *elements(PyObject *module, PyObject *arguments) {
     PyObject *left_object, *right_object, *grids, *out_object;
     Py_ssize_t threads;
@@ -937,6 +1029,8 @@ static PyMethodDef methods[] = {
     {"channel_sums", channel_sums, METH_VARARGS, "channel_sums(inputs, gradient, eps, rows, bounds, threads): sums by channel"},
     {"elements", elements, METH_VARARGS, "elements(left, right, grids, out, threads): elements of sums of outer products"},
     {"sketch", sketch, METH_VARARGS, "sketch(rows, columns, signs, run, out, threads): out[column of e] += signs[e] * rows[e]"},
+    {"lines", lines, METH_VARARGS,
+     "lines(tokens, values, columns, signs, run, out, threads): out[i, column of e] += signs[e] * values[i, p, e of line tokens[i, p]]"},
     {"use", use, METH_O, "use(level): use the loops for avx2 or plain; return the level before"},
     {NULL, NULL, 0, NULL},
 };

@@ -28,4 +28,14 @@ def elements(left: Floats, right: Floats, grids: Grids, out: Floats, threads: in
 def sketch(
     rows: Floats, columns: NDArray[Any], signs: NDArray[Any], run: int, out: Floats, threads: int, /
 ) -> None: ...
+def lines(
+    tokens: NDArray[Any],
+    values: Floats,
+    columns: NDArray[Any],
+    signs: NDArray[Any],
+    run: int,
+    out: Floats,
+    threads: int,
+    /,
+) -> None: ...
 def use(level: str, /) -> str: ...

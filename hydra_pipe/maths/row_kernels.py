@@ -202,6 +202,31 @@ def sketched(rows: Tensor, sketch: SketchColumns) -> Tensor:
     return out
 
 
+def sketched_lines(tokens: Tensor, values: Tensor, sketch: SketchColumns) -> Tensor:
+    """Project rows that are zero outside of some lines of a table to shape (B, k).
+
+    Args:
+        tokens: number of the line that each entry of `values` is added to, shape (B, P), int64.
+        values: values to add up in the lines, shape (B, P, elements of a line).
+        sketch: columns and signs of the whole table.
+
+    Raises:
+        IndexError: a token is beyond the table.
+    """
+    assert compiled is not None
+    out = values.new_empty(len(values), sketch.n_columns)
+    compiled.lines(
+        tokens.numpy(),
+        _array(values if values.stride(-1) == 1 else values.contiguous()),
+        sketch.columns.numpy(),
+        sketch.signs.numpy(),
+        sketch.run,
+        _array(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _array(values: Tensor) -> NDArray[Any]:
     found: NDArray[Any] = values.detach().numpy()
     return found

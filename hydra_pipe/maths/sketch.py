@@ -16,6 +16,7 @@ two coordinates meet with the chance that two random places meet.
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -114,12 +115,23 @@ class Sketch:
         return SketchColumns(self._columns_of_runs(), self._sign, self._run, self.n_columns)
 
     def lines(self, numbers: Tensor) -> "SketchedLines":
-        """Find the columns of some lines of the block. No other line is looked at.
+        """Return the sketch of some lines of the block. No other line is looked at.
+
+        Args:
+            numbers: numbers of the lines, shape (U,), int64, ascending.
+        """
+        self._to(numbers.device)
+        return SketchedLines(self, numbers)
+
+    def elements_of(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return columns and signs of the elements of some lines.
 
         Args:
             numbers: numbers of the lines, shape (U,), int64.
+
+        Returns:
+            Two tensors of shape (U, elements of a line), int64 and int8.
         """
-        self._to(numbers.device)
         width = math.prod(self._shape[1:])
         columns = self._columns_of_runs()
         if self._run == 1:
@@ -140,12 +152,7 @@ class Sketch:
             of_lines = columns.index_select(0, of_elements.flatten()).view(of_elements.shape)
             of_lines.add_((after_first % self._run).int().index_select(0, places))
             of_lines.remainder_(self.n_columns)
-        return SketchedLines(
-            numbers,
-            of_lines.long(),
-            self._sign.view(-1, width).index_select(0, numbers),
-            self.n_columns,
-        )
+        return of_lines.long(), self._sign.view(-1, width).index_select(0, numbers)
 
     def _columns_of_runs(self) -> Tensor:
         """Return the column of the first element of each run, in the block's own order, int32."""
@@ -181,38 +188,40 @@ class Sketch:
             self._sign_in_order = self._first_columns = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SketchedLines:
-    """Columns and signs of the elements of some lines of a block.
+    """Sketch of rows that are zero outside of some lines of a block.
 
     Args:
-        numbers: numbers of the lines, shape (U,).
-        columns: column of each element, shape (U, elements of a line), int64.
-        signs: sign of each element, shape (U, elements of a line), int8.
-        n_columns: k.
+        sketch: sketch of the whole block.
+        numbers: numbers of the lines, shape (U,), int64, ascending.
     """
 
+    sketch: Sketch
     numbers: Tensor
-    columns: Tensor
-    signs: Tensor
-    n_columns: int
 
-    def project(self, values: Tensor, at: Tensor) -> Tensor:
-        """Project rows that are zero outside of some of these lines.
+    @cached_property
+    def _elements(self) -> tuple[Tensor, Tensor]:
+        return self.sketch.elements_of(self.numbers)
+
+    def project(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Project rows that are zero outside of these lines.
 
         Args:
             values: values to add up in the lines, shape (B, P, elements of a line).
-            at: index into `numbers` of the line that each entry of `values` is added to, shape (B,
-                P).
+            tokens: number of the line that each entry of `values` is added to, shape (B, P), int64.
 
         Returns:
             Shape (B, k).
         """
-        places = at.flatten()
-        signed = values.flatten(0, 1) * self.signs.index_select(0, places)
-        columns = self.columns.index_select(0, places).view(len(values), -1)
-        return values.new_zeros(len(values), self.n_columns).scatter_add_(
-            1, columns, signed.view(len(values), -1)
+        if row_kernels.takes(values):
+            return row_kernels.sketched_lines(tokens, values, self.sketch.columns)
+        columns, signs = self._elements
+        places = torch.searchsorted(self.numbers, tokens.contiguous()).flatten()
+        signed = values.flatten(0, 1) * signs.index_select(0, places)
+        of_rows = columns.index_select(0, places).view(len(values), -1)
+        return values.new_zeros(len(values), self.sketch.n_columns).scatter_add_(
+            1, of_rows, signed.view(len(values), -1)
         )
 
     def project_all(self, values: Tensor) -> Tensor:
@@ -221,6 +230,11 @@ class SketchedLines:
         Args:
             values: values of the row in the lines, shape (U, elements of a line).
         """
-        return values.new_zeros(self.n_columns).scatter_add_(
-            0, self.columns.flatten(), (values * self.signs).flatten()
+        if row_kernels.takes(values):
+            return row_kernels.sketched_lines(
+                self.numbers[None], values[None], self.sketch.columns
+            )[0]
+        of_elements, signs = self._elements
+        return values.new_zeros(self.sketch.n_columns).scatter_add_(
+            0, of_elements.flatten(), (values * signs).flatten()
         )

@@ -169,9 +169,9 @@ class Sketched(BlockEncoding):
         return joined([self._sketch(rows, value.order) for rows in value.pieces()])
 
     def _reduce_lines(self, value: TokenRows, first: int) -> Reduced:
-        numbers, at = torch.unique(value.tokens, return_inverse=True)
+        numbers = torch.unique(value.tokens)
         self._last_lines = self._sketch.lines(numbers)
-        columns = self._last_lines.project(value.values, at)
+        columns = self._last_lines.project(value.values, value.tokens)
         return Reduced(columns, first, value.bounds().sum(), numbers)
 
     def _lines_of(self, given: Sequence[Reduced]) -> SketchedLines | None:

@@ -291,6 +291,36 @@ def test_sums_by_channel_that_do_not_fit_are_refused(changed: dict[str, Any]) ->
         LOOPS.channel_sums(*(arguments | changed).values())
 
 
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"tokens": np.zeros((2, 4), np.int32)}, TypeError),
+        ({"tokens": np.zeros((2, 3), np.int64)}, ValueError),
+        ({"tokens": np.full((2, 4), 3)}, IndexError),
+        ({"tokens": np.full((2, 4), -1)}, IndexError),
+        ({"values": F32.astype(np.float64)}, TypeError),
+        ({"values": np.zeros((2, 4, 6), np.float32)[..., ::2]}, ValueError),
+        ({"values": np.zeros((2, 4, 2), np.float32)}, ValueError),
+        ({"values": np.zeros((2, 4, 0), np.float32)}, ValueError),
+        ({"columns": np.zeros(8, np.int32)}, ValueError),
+        ({"columns": np.full(9, 5, np.int32)}, IndexError),
+        ({"columns": np.full(9, -1, np.int32)}, IndexError),
+        ({"run": 0}, ValueError),
+        ({"run": 2}, ValueError),
+        ({"out": np.zeros((1, 5), np.float32)}, ValueError),
+        ({"out": np.zeros((2, 10), np.float32)[:, ::2]}, ValueError),
+    ],
+)
+def test_lines_that_do_not_fit_are_refused(changed: dict[str, Any], error: type[Exception]) -> None:
+    arguments = {
+        "tokens": np.zeros((2, 4), np.int64), "values": F32, "columns": np.zeros(9, np.int32),
+        "signs": np.ones(9, np.int8), "run": 1, "out": np.zeros((2, 5), np.float32), "threads": 1,
+    }  # fmt: skip
+    LOOPS.lines(*arguments.values())
+    with pytest.raises(error):
+        LOOPS.lines(*(arguments | changed).values())
+
+
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="no loops called sse9"):
         LOOPS.use("sse9")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.random import Philox
 from torch import Tensor
 
+from hydra_pipe.maths import row_kernels
 from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.maths.sketch_runs import run_length
 
@@ -203,16 +204,21 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_formula(n: int, k:
 @pytest.mark.parametrize(
     ("lines", "width", "k"), [(50, 8, 16), (31, 7, 9), (400, 16, 33), (300, 7, 11), (60, 7, 6)]
 )
-def test_lines_of_a_table_are_projected_as_the_whole_row_is(lines: int, width: int, k: int) -> None:
+@pytest.mark.parametrize("by", ["loops", "torch", "float64"])
+def test_lines_of_a_table_are_projected_as_the_whole_row_is(
+    lines: int, width: int, k: int, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "torch":
+        monkeypatch.setattr(row_kernels, "compiled", None)
     generator = torch.Generator().manual_seed(0)
     sketch = Sketch(3, "table", (lines, width), k)
     tokens = torch.randint(0, lines, (4, 6), generator=generator)
-    values = torch.randn(4, 6, width, generator=generator)
-    whole = torch.zeros(4, lines, width)
+    dtype = torch.float64 if by == "float64" else torch.float32
+    values = torch.randn(4, width, 6, generator=generator).to(dtype).transpose(1, 2)
+    whole = torch.zeros(4, lines, width, dtype=dtype)
     for i in range(4):
         whole[i].index_add_(0, tokens[i], values[i])
-    numbers, at = torch.unique(tokens, return_inverse=True)
-    found = sketch.lines(numbers).project(values, at)
+    found = sketch.lines(torch.unique(tokens)).project(values, tokens)
     torch.testing.assert_close(found, sketch(whole.flatten(1)), rtol=1e-5, atol=1e-5)
     every = sketch.lines(torch.arange(lines)).project_all(whole[0])
     torch.testing.assert_close(every[None], sketch(whole[:1].flatten(1)), rtol=1e-5, atol=1e-5)
