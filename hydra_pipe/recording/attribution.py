@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.orders import SampleOrder
@@ -179,7 +180,14 @@ class Attribution:
                 sum(self._n_passes.values()),
                 lambda: self._capture.half_precision,
             )
-            wrong = check.wrong_blocks(thoroughly=is_first or attempt > 0)
+            try:
+                wrong = check.wrong_blocks(thoroughly=is_first or attempt > 0)
+            except CheckpointError:
+                # In a backward pass a checkpoint hands out each saved tensor once. Routes take
+                # some, which the pass itself needs.
+                wrong = plan.routed
+                if not wrong:
+                    raise
             if not wrong:
                 return
             _LOG.debug("left to the graph: %s", [self._names[block] for block in wrong])

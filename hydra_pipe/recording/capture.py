@@ -277,8 +277,8 @@ class Capture:
             for given in inputs:
                 if (
                     batch is not None
-                    and given.is_floating_point()
-                    and given.shape == batch.shape
+                    and len(given) == len(batch)
+                    and given.numel() == batch.numel()
                     and not micro_batch.seen
                 ):
                     check_arrangement(given, batch, micro_batch.samples)
@@ -406,7 +406,7 @@ class Capture:
             tuple([_detached(x) for x in args]),
             {key: _detached(x) for key, x in kwargs.items()} if kwargs else kwargs,
         )
-        call = Call(watched, parameter, inputs, self._pass, is_recomputed, tuple(output.shape))
+        call = Call(watched, parameter, inputs, self._pass, is_recomputed, output)
         self._calls.append(call)
         hook = self._guarded(partial(self._backward, call))
         # Linear with a bias returns a view. When ReLU(inplace=True) changes the view, autograd

@@ -1,5 +1,6 @@
 """Tell whether a batch holds its samples in the order in which they were drawn."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from hydra_pipe.recording.addresses import address_of
 
 # Values of a long sample that are compared.
 _MOST_VALUES = 64
+# Samples that are compared with each other at the most, number of values that is few for a column,
+# and columns that are compared at the least.
+_MOST_ROWS, _FEW_VALUES, _LEAST_COLUMNS = 4096, 3, 3
 # First batches that are all compared; later ones are compared at ever larger distances.
 _AT_FIRST = 4
 
@@ -36,10 +40,12 @@ class CheckedCollate:
         Raises:
             RecordError: the batch holds its samples in another order.
         """
-        batch = self.collate(samples)
         self._n_batches += 1
-        if is_looked_at(self._n_batches):
-            check_order(samples, batch)
+        if not is_looked_at(self._n_batches):
+            return self.collate(samples)
+        drawn = list(samples)  # many functions sort the list that they are given
+        batch = self.collate(samples)
+        check_order(drawn, batch)
         return batch
 
 
@@ -96,9 +102,12 @@ def check_order(samples: Sequence[Any], batch: Any) -> None:
 def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> None:
     """Refuse an input of the model that is the loader's batch, permuted or mixed with itself.
 
+    A permutation is found by rows that are equal, or equal once each column has mean 0 and variance
+    1: so also behind a normalisation. A mixture takes more values a sample than there are samples.
+
     Args:
         given: input of the model, shape (B, ...).
-        batch: batch of the loader, of the same shape.
+        batch: batch of the loader, with as many samples and values.
         ids: ids of the samples in the batch, shape (B,), for the message.
 
     Raises:
@@ -106,7 +115,14 @@ def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> N
             not told.
     """
     n = len(batch)
-    if n < 2 or address_of(given) == address_of(batch) or torch.equal(given, batch.to(given)):
+    if n < 2 or address_of(given) == address_of(batch):
+        return
+    order = _permutation(*(x.detach().reshape(n, -1).cpu() for x in (given, batch)))
+    if order is not None:
+        if order != list(range(n)):
+            _refuse_arrangement(torch.eye(n)[order], ids)
+        return
+    if not given.is_floating_point() or given.shape != batch.shape:
         return
     # one channel only: each channel of a picture is normalised by itself
     ours, theirs = (
@@ -129,6 +145,39 @@ def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> N
                 _refuse_arrangement(weights, ids)
             return
     _check_cut(ours, theirs, ids)
+
+
+def _permutation(ours: Tensor, theirs: Tensor) -> list[int] | None:
+    """Return the row of `theirs` that each row of `ours` is; None if some row is none or several.
+
+    Args:
+        ours, theirs: values of the samples, shape (B, n).
+    """
+    every = max(1, ours.shape[1] // _MOST_VALUES)
+    x, y = ours[:, ::every].double(), theirs[:, ::every].double()
+    # one column may be turned round, as by 1 - t, and few integers are equal by chance
+    if len(x) > _MOST_ROWS or x.shape[1] < (2 if ours.is_floating_point() else _LEAST_COLUMNS):
+        return None
+    order = _matches(x, y, 0.0)
+    if order is not None or not ours.is_floating_point():
+        return order
+    # with few values in a column, or few columns, what is turned round could seem permuted
+    kept = [len(column.unique()) > _FEW_VALUES for column in y.T]
+    if sum(kept) < _LEAST_COLUMNS:
+        return None
+    return _matches(_standardized(x[:, kept]), _standardized(y[:, kept]), 1e-3)
+
+
+def _matches(x: Tensor, y: Tensor, limit: float) -> list[int] | None:
+    alike = torch.cdist(x, y, p=math.inf) <= limit
+    if not bool((alike.sum(0) == 1).all() and (alike.sum(1) == 1).all()):
+        return None
+    found: list[int] = alike.int().argmax(1).tolist()
+    return found
+
+
+def _standardized(values: Tensor) -> Tensor:
+    return (values - values.mean(0)) / values.std(0)
 
 
 def _check_cut(ours: Tensor, theirs: Tensor, ids: NDArray[np.int64]) -> None:

@@ -19,6 +19,7 @@ from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows
 from hydra_pipe.per_sample.orders import FIRST, SampleOrder
 from hydra_pipe.per_sample.registry import Rule, takes_any_leading_dimensions
+from hydra_pipe.per_sample.unbatched import is_unbatched
 from hydra_pipe.recording.routes import rows_at_node
 
 
@@ -100,13 +101,14 @@ class Call:
         inputs: positional and keyword inputs, detached; kept until `release`.
         of_pass: the pass.
         is_recomputed: True if the backward pass itself makes the call.
-        shape: shape of the output.
+        output: the output, which is not kept.
     """
 
     __slots__ = (
         "_inputs",
         "dtype",
         "is_recomputed",
+        "is_unbatched",
         "n_rows",
         "of_pass",
         "offset",
@@ -123,17 +125,15 @@ class Call:
         inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
         of_pass: Pass,
         is_recomputed: bool,
-        shape: tuple[int, ...],
+        output: Tensor,
     ) -> None:
-        self.watched, self.of_pass, self.is_recomputed, self.shape = (
-            watched,
-            of_pass,
-            is_recomputed,
-            shape,
-        )
+        self.watched, self.of_pass, self.is_recomputed = watched, of_pass, is_recomputed
+        self.is_unbatched = is_unbatched(watched.module, output)
+        #: shape of the output, with a dimension for samples
+        self.shape = (1, *output.shape) if self.is_unbatched else tuple(output.shape)
         self.parameter, self.dtype = parameter, parameter.dtype
         self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = inputs
-        self.n_rows = shape[0] if shape else 1
+        self.n_rows = self.shape[0] if self.shape else 1
         self.offset = 0 if is_recomputed else of_pass.next_rows(watched, self.n_rows)
         #: number of the backward pass that the last gradient came from
         self.task = -1
@@ -165,6 +165,8 @@ def rows_of_call(
     assert call.inputs is not None
     args, kwargs = call.inputs
     gradient = gradient.reshape(call.shape)
+    if call.is_unbatched:
+        args, kwargs = _unsqueezed(args, kwargs)
     if gradient.dtype != call.dtype or any(
         _is_narrower(x, call.dtype) for x in (*args, *kwargs.values())
     ):
@@ -187,17 +189,23 @@ def rows_of_call(
             return []  # the gradient is zero, also in the probes: there is nothing to split
         raise _unclear(call)
     place, n_samples, is_major = where
-    if gradient.dim() == 1:  # the output has no sample dimension
-        gradient, args = (
-            gradient.unsqueeze(0),
-            tuple(x.unsqueeze(0) if isinstance(x, Tensor) else x for x in args),
-        )
-        kwargs = {key: x.unsqueeze(0) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+    if gradient.dim() == 1:  # the output of a batch of one has no sample dimension
+        gradient, (args, kwargs) = gradient.unsqueeze(0), _unsqueezed(args, kwargs)
     found = watched.rule(watched.module, args, kwargs, gradient, wanted)
     rows = {
         watched.owned[name]: _merged(value, n_samples, is_major) for name, value in found.items()
     }
     return [(call.of_pass.first + place, rows)]
+
+
+def _unsqueezed(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs of one sample with a dimension for samples."""
+    return (
+        tuple(x.unsqueeze(0) if isinstance(x, Tensor) else x for x in args),
+        {key: x.unsqueeze(0) if isinstance(x, Tensor) else x for key, x in kwargs.items()},
+    )
 
 
 def rows_by_node(

@@ -41,6 +41,13 @@ class Plan:
     routes: Sequence[Route] = ()
     slow: frozenset[int] = frozenset()
 
+    @property
+    def routed(self) -> set[int]:
+        """Blocks that routes lead to."""
+        return {
+            block for route in self.routes for leads in route.blocks.values() for block in leads
+        }
+
     def without(self, blocks: frozenset[int]) -> "Plan":
         """Return the plan in which `blocks` are split the slow way."""
         routes = []

@@ -153,12 +153,7 @@ def nothing_to_train() -> Pipeline:
 
 def other_optimizer() -> Pipeline:
     model = nn.Linear(6, 3)
-    return make(model, optimizer=torch.optim.Adagrad(model.parameters()))
-
-
-def maximizing() -> Pipeline:
-    model = nn.Linear(6, 3)
-    return make(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+    return make(model, optimizer=torch.optim.Adadelta(model.parameters()))
 
 
 def strangers_parameters() -> Pipeline:

@@ -262,6 +262,30 @@ class Recomputed(nn.Module):
         return checkpoint(self.part, x * self.gamma, use_reentrant=self.reentrant)
 
 
+class Checkpointed(nn.Module):
+    """A module that is recomputed, with dropout before it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.drop = inner, nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = checkpoint(lambda v: self.inner(self.drop(v)), x, use_reentrant=False)
+        return found[0] if isinstance(found, tuple) else found
+
+
+class Unbatched(nn.Module):
+    """Calls a module on each sample alone, without a dimension for samples."""
+
+    def __init__(self, inner: nn.Module, *, first: bool = False) -> None:
+        super().__init__()
+        self.inner, self.first = inner, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.stack([self.inner(v[0] if self.first else v) for v in x])
+        return found if found.dim() == 2 else found.flatten(1)[:, :WIDTH].tanh()
+
+
 def spectral() -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
 
@@ -304,6 +328,28 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     "PReLU": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.PReLU()),
     "bilinear": lambda: Both(),
     "permuted": Permuted,
+    "recomputed, a vector": lambda: Checkpointed(Scaled(nn.Linear(WIDTH, WIDTH))),
+    "recomputed, positions": lambda: Checkpointed(Positions(leading=True)),
+    "recomputed, functional": lambda: Checkpointed(Functional()),
+    "recomputed, GRU": lambda: Checkpointed(nn.GRU(WIDTH, WIDTH, batch_first=True)),
+    "recomputed, encoder layer": lambda: Checkpointed(
+        nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+    ),
+    "recomputed, weight norm": lambda: Checkpointed(
+        nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+    ),
+    # as many outputs as samples, and other numbers
+    "Linear of a vector": lambda: Unbatched(nn.Linear(WIDTH, WIDTH), first=True),
+    "Linear of a vector, as wide as the batch": lambda: nn.Sequential(
+        Unbatched(nn.Linear(WIDTH, BATCH), first=True), nn.Linear(BATCH, WIDTH)
+    ),
+    "Linear of a matrix": lambda: Unbatched(nn.Linear(WIDTH, WIDTH)),
+    "LayerNorm of a vector": lambda: Unbatched(nn.LayerNorm(WIDTH), first=True),
+    "LayerNorm of a matrix": lambda: Unbatched(nn.LayerNorm((TIME, WIDTH))),
+    "InstanceNorm of a sample": lambda: Unbatched(nn.InstanceNorm1d(TIME, affine=True)),
+    "convolution of a sample": lambda: Unbatched(nn.Conv1d(TIME, BATCH, 3)),
+    "convolution of a sample, one output": lambda: Unbatched(nn.Conv1d(TIME, 1, 3, padding=1)),
+    "transposed convolution of a sample": lambda: Unbatched(nn.ConvTranspose1d(TIME, 2, 3)),
 }
 
 
