@@ -705,6 +705,30 @@ def gradient_penalty(model: nn.Module) -> Tensor:
     return (F.cross_entropy(output, Y, reduction="none") + slope.norm(dim=1)) / B
 
 
+class Balanced(nn.Module):
+    """Experts beside a gate, whose mean over the batch is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts, self.head = nn.Linear(D, 4), nn.Linear(D, 4 * D), nn.Linear(D, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shares = self.gate(x).softmax(1)
+        of_experts = self.experts(x).reshape(len(x), 4, D)
+        return self.head((of_experts * self.shares[:, :, None]).sum(1).tanh())
+
+
+def balanced(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(X.mean(1)), Y) + model.shares.mean(0).square().sum()
+
+
+def of_own_shares(model: nn.Module) -> Tensor:
+    """Terms whose gradients are those of `balanced` through each sample's own outputs."""
+    output = model(X.mean(1))
+    load = (2 * model.shares.mean(0).detach() * model.shares).sum(1)
+    return (F.cross_entropy(output, Y, reduction="none") + load) / B
+
+
 LOSSES: dict[str, Callable[[Path], object]] = {
     "A mean": lambda run: recorded(run, losses=of_means),
     "A sum": lambda run: recorded(run, losses=summed),
@@ -729,6 +753,9 @@ LOSSES: dict[str, Callable[[Path], object]] = {
     "A ranking, or distances between samples": lambda run: recorded(run, loop=loss_of(ranking)),
     "A contrastive loss, `allow_mixed_loss=True`": lambda run: recorded(
         run, losses=of_own_outputs, loop=loss_of(in_batch_negatives), allow_mixed_loss=True
+    ),
+    "A load balance of experts, kept by the model": lambda run: recorded(
+        run, Balanced, of_own_shares, loss_of(balanced)
     ),
     "A penalty on the weights": lambda run: recorded(run, loop=loss_of(penalised)),
     "A second batch in the step": lambda run: recorded(run, loop=loss_of(unlabelled)),
