@@ -131,6 +131,7 @@ def reduce(
     up_to_step: int | None = None,
     rank: "Rank | None" = None,
     probe: str | None = None,
+    top: int | None = None,
     pipeline: "str | Pipeline | None" = None,
     dataset: Any = None,
     overwrite: bool = False,
@@ -171,6 +172,9 @@ def reduce(
         probe: name of a probe (`hydra_pipe.probe`), whose samples replace the run's own test
             samples. A
             result of its own: "hydra-fisher-of-wrong".
+        top: number of training samples to keep on each side, helpful and harmful, of each test
+            sample. Default: every pair is kept. For results that are larger than the disk. A
+            result of its own: "hydra-fisher-top".
         pipeline: for "hydra-exact": "path/to/file.py:function" if the file has moved, or a newly
             built Pipeline if such an object was recorded.
         dataset: for "hydra-exact" of a probe whose dataset was given as an object: the same
@@ -206,6 +210,7 @@ def reduce(
         up_to_step=up_to_step,
         rank=rank,
         probe=probe,
+        top=top,
     )
     progress = progress or Progress()
     if _trains(options.method, pipeline, dataset):

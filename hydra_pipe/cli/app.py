@@ -32,6 +32,7 @@ from hydra_pipe.cli.options import (
     Into,
     Json,
     Keep,
+    KeptTop,
     Kind,
     LeftOut,
     Lowest,
@@ -176,6 +177,7 @@ def reduce(
     up_to_step: UpToStep = None,
     rank: Rank = None,
     probe: Probe = None,
+    top: KeptTop = None,
     pipeline: OfPipeline = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -202,14 +204,16 @@ def reduce(
         "up_to_step": up_to_step,
         "rank": None if rank is None else parse_rank(rank),
         "probe": probe,
+        "top": top,
         "pipeline": pipeline,
     }
     if dry_run:
         print(api.plan_reduction(run, **options))
         return
     done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
-    result = ResultName(method, grouping, up_to_step, options["rank"], probe)
+    result = ResultName(method, grouping, up_to_step, options["rank"], probe, top is not None)
     which = "" if str(result) == DEFAULT_METHOD else f" --method {result}"
+    which += "" if top is None else f" --top {top}"
     if result.is_of_itself:
         whose = ResultName(DEFAULT_METHOD, up_to_step=up_to_step)
         which = (

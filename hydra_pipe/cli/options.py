@@ -101,6 +101,15 @@ Rank = Annotated[
         ),
     ),
 ]
+KeptTop = Annotated[
+    int | None,
+    typer.Option(
+        "--top",
+        metavar="K",
+        help="keep only the K most helpful and the K most harmful samples of each test, named "
+        "METHOD-top; default: every pair",
+    ),
+]
 OfPipeline = Annotated[
     str | None,
     typer.Option(

@@ -5,24 +5,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
 from hydra_pipe.errors import UsageError
 from hydra_pipe.exporting.parts import Matrix, TableParts
-from hydra_pipe.exporting.ranking import Ranked, Ranking
-from hydra_pipe.exporting.source import ExportSource, check_ranks, open_source, own_checksums
+from hydra_pipe.exporting.source import (
+    ExportSource,
+    check_ranks,
+    open_source,
+    open_top_source,
+    own_checksums,
+)
 from hydra_pipe.exporting.totals import Adding
+from hydra_pipe.maths.ranking import Ranking
 from hydra_pipe.plan.costs import base_bytes
-from hydra_pipe.plan.exporting import ExportInput, plan_export
+from hydra_pipe.plan.exporting import ExportInput, plan_export, plan_top_export
+from hydra_pipe.plan.records import spans
 from hydra_pipe.progress import Progress
+from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.rankings import key_columns, spread_columns
 from hydra_pipe.store.disk_space import say_if_tight
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import DEFAULT_METHOD, result_of
+from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName, refuse_top, result_of
 from hydra_pipe.store.run.stage_runner import running, taken_up
-from hydra_pipe.store.run.stages import EXPORT, OF_SELF, REDUCE, Settings
+from hydra_pipe.store.run.stages import EXPORT, OF_SELF, TOPS, Settings, reduces_to
 from hydra_pipe.units import parse_bytes, resident_bytes
 
 # Bytes of a row of matrix/, of the rankings and of samples.parquet. A label counts as an integer.
@@ -68,9 +72,16 @@ def export_run(
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
     check_ranks(method)
-    directory = RunDirectory.open(run)
-    directory.require(REDUCE.of(method), directory.command(REDUCE.of(method)))
-    stage, settings = EXPORT.of(method), {"top": top, "full": full}
+    if full:
+        refuse_top(method)
+    directory, made_from = RunDirectory.open(run), reduces_to(method)
+    reduced = directory.require(made_from, directory.command(made_from))
+    if made_from.kind is TOPS and top > (kept := reduced.count(names.TOP, least=1)):
+        raise UsageError(
+            f"--top {top}: {method} has the top {kept} on each side: give --top {kept} or less, or "
+            f"run hydra-pipe reduce with --top {top} --overwrite"
+        )
+    stage, settings = EXPORT.of(method), {names.TOP: top, "full": full}
     progress = progress or Progress()
 
     def has_work() -> bool:
@@ -87,7 +98,8 @@ def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
 
     They are outdated too if they lack the present relevance of samples for themselves.
     """
-    stage, own = EXPORT.of(method), own_checksums(directory, method)
+    stage = EXPORT.of(method)
+    own = None if ResultName.parse(method).is_top else own_checksums(directory, method)
     return directory.has_work(stage, settings) or own not in (
         None,
         directory.stages[stage].facts.get(OF_SELF),
@@ -97,17 +109,61 @@ def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
 def _export(
     directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress
 ) -> None:
+    if ResultName.parse(method).is_top:
+        _export_top(directory, method, settings, memory_bytes, progress)
+        return
     source = open_source(directory, method)
     export = _Export(source, **settings, memory_bytes=memory_bytes)
     with running(directory, EXPORT.of(method), settings) as work, work.replaced() as partial:
         say_if_tight(export.most_bytes(), work.place, progress)
         export.write(partial, progress)
-        tables = sorted(partial.rglob("*.parquet"))
-        work.facts["files"] = {
-            str(table.relative_to(partial)): rankings.n_rows_of(table) for table in tables
-        }
+        work.facts["files"] = _files(partial)
         if source.own is not None:
             work.facts[OF_SELF] = own_checksums(directory, method)
+
+
+def _export_top(
+    directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress
+) -> None:
+    """Write the rankings of a result of the top samples alone."""
+    source, top = open_top_source(directory, method), settings[names.TOP]
+    plan = plan_top_export(
+        ExportInput(
+            n_samples=source.n_samples,
+            n_tests=source.n_tests,
+            top=top,
+            full=False,
+            n_cells=0,
+            chunk_tests=source.tops.chunks[0],
+            base_bytes=base_bytes(resident_bytes()) + source.key_bytes,
+            memory_bytes=memory_bytes,
+        )
+    )
+    progress.say(
+        f"{rankings.SAMPLES} and {rankings.CLASSES} need every pair, and {method} has only the "
+        "top samples of each test: reduce --mean has the mean of each sample over the tests"
+    )
+    with running(directory, EXPORT.of(method), settings) as work, work.replaced() as partial:
+        ranked_bytes = source.n_tests * 2 * min(top, source.n_samples) * _RANKED_BYTES
+        say_if_tight(ranked_bytes, work.place, progress)
+        with (
+            TableParts(partial, source.ranking_schema, plan.group_tests, plan.file_tests) as parts,
+            progress.task("export", source.n_tests, "tests") as task,
+        ):
+            for first, last in spans(0, source.n_tests, plan.group_tests):
+                tops = source.tops.read((first, last), top, source.n_samples)
+                ranked = tops.ranked(first, top)
+                parts.add(source.ranking_table(ranked), ranked.ends)
+                task.advance(last - first)
+        work.facts["files"] = _files(partial)
+
+
+def _files(directory: Path) -> dict[str, int]:
+    """Return the number of rows of each table in a directory."""
+    return {
+        str(table.relative_to(directory)): rankings.n_rows_of(table)
+        for table in sorted(directory.rglob("*.parquet"))
+    }
 
 
 class _Export:
@@ -160,10 +216,14 @@ class _Export:
         """
         source, adding, plan = self.source, self.adding, self.plan
         n_samples, n_tests = source.n_samples, source.n_tests
-        schema = source.ranking_schema
         with ExitStack() as stack:
             parts = stack.enter_context(
-                TableParts(target, schema, plan.ranking_group_tests, plan.ranking_file_tests)
+                TableParts(
+                    target,
+                    source.ranking_schema,
+                    plan.ranking_group_tests,
+                    plan.ranking_file_tests,
+                )
             )
             matrix = None
             if self.full:
@@ -183,7 +243,7 @@ class _Export:
                 adding.add(block, tests.start, samples.start)
                 if samples.stop == n_samples:
                     ranked = ranking.ranked()
-                    parts.add(self._ranking_table(ranked, schema), ranked.ends)
+                    parts.add(source.ranking_table(ranked), ranked.ends)
                 if written is not None:
                     written.result()
                 task.advance(block.size)
@@ -193,24 +253,3 @@ class _Export:
         classes = adding.classes()
         with rankings.table_writer(target / rankings.CLASSES, classes.schema) as writer:
             writer.write_table(classes)
-
-    def _ranking_table(self, ranked: Ranked, schema: pa.Schema) -> pa.Table:
-        sides = pa.DictionaryArray.from_arrays(
-            pa.array(np.where(ranked.helpful, 0, 1).astype(np.int8)),
-            pa.array(["helpful", "harmful"]),
-        )
-        columns = [
-            pa.array(self.source.test_ids[ranked.test]),
-            sides,
-            pa.array(ranked.rank),
-            pa.array(ranked.train),
-            pa.array(ranked.relevance),
-            rankings.label_column(self.source.test_labels, ranked.test, self.source.test_type),
-            rankings.label_column(self.source.train_labels, ranked.train, self.source.train_type),
-            *key_columns(
-                (self.source.test_keys, self.source.test_ids[ranked.test]),
-                (self.source.train_keys, ranked.train),
-            ),
-            *spread_columns(self.source.combined, ranked.train, ranked.test),
-        ]
-        return pa.Table.from_arrays(columns, schema=schema)

@@ -1,6 +1,6 @@
 """Source of the tables: a result, checked against its recording."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, UsageError
+from hydra_pipe.maths.ranking import Ranked
 from hydra_pipe.plan.exporting import GROUP_ROWS
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.keys import Keys
-from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.data.rankings import key_columns, spread_columns
+from hydra_pipe.store.data.reduced_run import ReducedRun, ReducedTops, SamplesOfColumns
 from hydra_pipe.store.data.relevance import (
     RELEVANCE_UNREADABLE,
     columns_of,
@@ -25,16 +27,15 @@ from hydra_pipe.store.data.relevance import (
 )
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import ITSELF, ResultName
-from hydra_pipe.store.run.stages import REDUCE
+from hydra_pipe.store.run.stages import REDUCE, TOPS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSource(ReducedRun):
-    """A result and its recording, which agree in their numbers of samples and columns.
+class TableSource(SamplesOfColumns):
+    """Content of the tables of a result, beside the relevance.
 
     Args:
         method: name of the result.
-        own: relevance of the samples for themselves, float32 (sample,). None: it was not computed.
         meta: method, sign, unit and run, for every table's schema.
         train_labels, test_labels: labels of samples and columns. None: unknown.
         train_keys, test_keys: keys of samples and test samples. None: they have none, or columns
@@ -42,7 +43,6 @@ class ExportSource(ReducedRun):
     """
 
     method: str
-    own: NDArray[np.float32] | None
     meta: dict[str, str]
     train_labels: NDArray[Any] | None
     test_labels: NDArray[Any] | None
@@ -52,12 +52,12 @@ class ExportSource(ReducedRun):
     @property
     def n_samples(self) -> int:
         """Number of training samples."""
-        return self.relevance.shape[0]
+        return self.samples.n_samples
 
     @property
     def n_tests(self) -> int:
         """Number of columns."""
-        return self.relevance.shape[1]
+        return self.columns.n_columns
 
     @cached_property
     def test_ids(self) -> NDArray[np.int64]:
@@ -101,6 +101,48 @@ class ExportSource(ReducedRun):
         """Type of the columns' labels."""
         return rankings.label_type(self.test_labels)
 
+    def ranking_table(self, ranked: Ranked) -> pa.Table:
+        """Return rankings as a table of `ranking_schema`.
+
+        Raises:
+            StoreError: keys or the spread of combined runs are damaged.
+        """
+        sides = pa.DictionaryArray.from_arrays(
+            pa.array(np.where(ranked.helpful, 0, 1).astype(np.int8)),
+            pa.array(["helpful", "harmful"]),
+        )
+        columns = [
+            pa.array(self.test_ids[ranked.test]),
+            sides,
+            pa.array(ranked.rank),
+            pa.array(ranked.train),
+            pa.array(ranked.relevance),
+            rankings.label_column(self.test_labels, ranked.test, self.test_type),
+            rankings.label_column(self.train_labels, ranked.train, self.train_type),
+            *key_columns(
+                (self.test_keys, self.test_ids[ranked.test]),
+                (self.train_keys, ranked.train),
+            ),
+            *spread_columns(self.combined, ranked.train, ranked.test),
+        ]
+        return pa.Table.from_arrays(columns, schema=self.ranking_schema)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopSource(TableSource, ReducedTops):
+    """Top samples and their recording, which agree in their numbers of samples and columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSource(TableSource, ReducedRun):
+    """A result and its recording, which agree in their numbers of samples and columns.
+
+    Args:
+        own: relevance of the samples for themselves, float32 (sample,). None: it was not computed.
+    """
+
+    own: NDArray[np.float32] | None
+
     def blocks(
         self, spans: Iterable[tuple[slice, slice]], pool: Executor
     ) -> Iterator[tuple[NDArray[np.float32], slice, slice]]:
@@ -136,23 +178,38 @@ def open_source(directory: RunDirectory, method: str) -> ExportSource:
     Raises:
         RunError: the relevance was not computed, or the recording is not complete.
         StoreError: one of the two is damaged, or they do not belong together.
+        UsageError: `method` has the top samples alone.
     """
     directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
     found = ReducedRun.open(directory, method)
-    attributes = found.relevance.attributes
+    facts = _table_facts(directory, method, found, found.relevance.attributes)
+    own = _own_relevance(directory, method, found.samples.n_samples)
+    return ExportSource(**vars(found), **facts, own=own)
+
+
+def open_top_source(directory: RunDirectory, method: str) -> TopSource:
+    """Return the top samples of `method` and their recording. Raises: as `open_source`."""
+    stage = TOPS.of(method)
+    directory.require(stage, directory.command(stage))
+    found = ReducedTops.open(directory, method)
+    return TopSource(**vars(found), **_table_facts(directory, method, found, found.tops.attributes))
+
+
+def _table_facts(
+    directory: RunDirectory, method: str, found: SamplesOfColumns, attributes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of `TableSource` that every result has."""
     meta = rankings.metadata(
         method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id
     )
-    return ExportSource(
-        **vars(found),
-        method=method,
-        own=_own_relevance(directory, method, found.samples.n_samples),
-        meta=meta,
-        train_labels=found.samples.labels(),
-        test_labels=found.labels_of_columns(),
-        train_keys=found.samples.keys(),
-        test_keys=found.keys_of_tests(),
-    )
+    return {
+        "method": method,
+        "meta": meta,
+        "train_labels": found.samples.labels(),
+        "test_labels": found.labels_of_columns(),
+        "train_keys": found.samples.keys(),
+        "test_keys": found.keys_of_tests(),
+    }
 
 
 def check_ranks(method: str) -> None:

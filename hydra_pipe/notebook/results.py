@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, UsageError, shown
-from hydra_pipe.exporting.source import ExportSource, check_ranks, open_source, own_checksums
+from hydra_pipe.exporting.source import (
+    ExportSource,
+    TableSource,
+    TopSource,
+    check_ranks,
+    open_source,
+    open_top_source,
+    own_checksums,
+)
 from hydra_pipe.exporting.totals import Totals, totals_of
 from hydra_pipe.plan.id_ranges import write_selection
 from hydra_pipe.progress import Progress
@@ -17,7 +25,8 @@ from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.recording import open_gradients
 from hydra_pipe.store.data.relevance import read_relevance
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.stages import CHECKSUMS, RECORD, REDUCE
+from hydra_pipe.store.run.results import refuse_top
+from hydra_pipe.store.run.stages import CHECKSUMS, RECORD, REDUCE, TOPS, reduces_to
 
 # Most bytes of a chunk whose columns are all kept in memory.
 _MOST_KEPT_BYTES = 64 * 2**20
@@ -30,6 +39,27 @@ class _Block:
     of: tuple[Any, ...]
     first: int
     values: NDArray[np.float32]
+
+
+def place_of(source: TableSource, test_id: int) -> int:
+    """Return the place of the column of a test sample.
+
+    Raises:
+        UsageError: the result has no such column.
+    """
+    wanted = operator.index(test_id)
+    column = int(np.searchsorted(source.test_ids, wanted))
+    if column == source.n_tests or source.test_ids[column] != wanted:
+        columns = source.columns
+        there = (
+            f"test samples {write_selection(columns.tests)}"
+            if columns.by is None
+            else f"columns 0 to {source.n_tests - 1}"
+        )
+        raise UsageError(
+            f"the relevance of method {source.method} has no test sample {wanted}: it has {there}"
+        )
+    return column
 
 
 class Results:
@@ -89,27 +119,33 @@ class Results:
             RunError: the relevance of `method` is not there.
         """
         methods = self.methods()
-        if method not in methods:
+        if method not in (*methods, *self._directory.complete(TOPS)):
             raise RunError(
                 f"{self._directory.path} has no relevance of method {method} (it has "
                 f"{', '.join(methods) or 'none'}): run "
-                f"hydra-pipe reduce {self._directory.path} --method {method} first"
+                f"{self._directory.command(reduces_to(method))} first"
             )
 
     def source(self, method: str) -> ExportSource:
         """Return the relevance of `method`, with its recording.
 
         Raises:
-            UsageError: the method has no test samples.
+            UsageError: the method has no test samples, or the result has the top samples alone.
             RunError: the relevance was not computed.
             StoreError: the relevance is damaged.
         """
         check_ranks(method)
+        refuse_top(method)
         self.check(method)
         key, kept = self._key(method), self._sources.get(method)
         if kept is None or kept[0] != key:
             kept = self._sources[method] = (key, open_source(self._directory, method))
         return kept[1]
+
+    def top_source(self, method: str) -> TopSource:
+        """Return the top samples of `method`, with their recording. Raises: as `source`."""
+        self.check(method)
+        return open_top_source(self._directory, method)
 
     def totals(self, method: str, progress: Progress) -> Totals:
         """Return totals over all training samples and classes, without the matrix in memory.
@@ -123,8 +159,8 @@ class Results:
             kept = self._totals[method] = (key, totals_of(self._directory, source, progress))
         return kept[1]
 
-    def test_id(self, method: str, test: int | str) -> int:
-        """Return the id of the test sample that has the id or the key `test`.
+    def test_id(self, source: TableSource, test: int | str) -> int:
+        """Return the id of the test sample of a result that has the id or the key `test`.
 
         Raises:
             UsageError: no test sample has the key.
@@ -132,10 +168,12 @@ class Results:
         """
         if not isinstance(test, str):
             return operator.index(test)
-        keys = self.source(method).test_keys
+        keys = source.test_keys
         found = -1 if keys is None else int(keys.ids_of([test])[0])
         if found < 0:
-            raise UsageError(f"no test sample of {method} has the key {shown(test)}: give an id")
+            raise UsageError(
+                f"no test sample of {source.method} has the key {shown(test)}: give an id"
+            )
         return found
 
     def column(self, method: str, test_id: int) -> NDArray[np.float32]:
@@ -149,18 +187,8 @@ class Results:
             UsageError: the relevance has no such column.
             RunError, StoreError: any error of `source`.
         """
-        source, wanted = self.source(method), operator.index(test_id)
-        column = int(np.searchsorted(source.test_ids, wanted))
-        if column == source.n_tests or source.test_ids[column] != wanted:
-            columns = source.columns
-            there = (
-                f"test samples {write_selection(columns.tests)}"
-                if columns.by is None
-                else f"columns 0 to {source.n_tests - 1}"
-            )
-            raise UsageError(
-                f"the relevance of method {method} has no test sample {wanted}: it has {there}"
-            )
+        source = self.source(method)
+        column = place_of(source, test_id)
         block = self._block
         if (
             block is None

@@ -120,7 +120,7 @@ def plan_export(given: ExportInput) -> ExportPlan:
         # A block may have fewer columns than a chunk of the array. Then the chunk is read again for
         # its other columns.
         width = max(group, width // 2)
-    ranking_group = power_of_two(GROUP_ROWS // given.ranked)
+    ranking_group, ranking_file = _ranking_tests(given)
     return ExportPlan(
         slab_samples=slab,
         block_tests=width,
@@ -129,10 +129,49 @@ def plan_export(given: ExportInput) -> ExportPlan:
         if slab == given.n_samples
         else 1,
         ranking_group_tests=ranking_group,
-        ranking_file_tests=ranking_group * max(1, FILE_ROWS // (ranking_group * given.ranked)),
+        ranking_file_tests=ranking_file,
         dynamics_samples=_dynamics_samples(given),
         peak_bytes=peak,
     )
+
+
+@dataclass(frozen=True)
+class TopExportPlan:
+    """The division of rankings that are kept as they are into row groups and files.
+
+    Args:
+        group_tests, file_tests: test samples of a row group and of a file. A row group is read at
+            a time.
+        peak_bytes: upper bound of the process's memory.
+    """
+
+    group_tests: int
+    file_tests: int
+    peak_bytes: int
+
+
+def plan_top_export(given: ExportInput) -> TopExportPlan:
+    """Return the plan of an export of top samples. Row groups are those of `plan_export`.
+
+    Raises:
+        BudgetError: a row group does not fit.
+    """
+    group, file = _ranking_tests(given)
+    # A row group as it is read and put into a table, and the row group that is being written.
+    peak = given.base_bytes + 2 * group * given.ranked * _RANKED_BYTES + _SCRATCH_BYTES
+    if peak > given.memory_bytes:
+        raise BudgetError(
+            f"exporting the top {given.top:,} samples of {group:,} tests at once needs "
+            f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise --memory "
+            f"to {suggested(peak)}"
+        )
+    return TopExportPlan(group, file, peak)
+
+
+def _ranking_tests(given: ExportInput) -> tuple[int, int]:
+    """Return the test samples of a row group and of a file of the rankings."""
+    group = power_of_two(GROUP_ROWS // given.ranked)
+    return group, group * max(1, FILE_ROWS // (group * given.ranked))
 
 
 def blocks_to_add(n_samples: int, n_tests: int, chunk_tests: int) -> Iterator[tuple[slice, slice]]:

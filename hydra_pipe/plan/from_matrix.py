@@ -16,6 +16,7 @@ from hydra_pipe.plan.records import (
     Reading,
     ReadingPlan,
     ReductionInput,
+    ranking_bytes,
     spans,
 )
 from hydra_pipe.units import format_bytes
@@ -88,7 +89,7 @@ def _plan(what: AnswerInput, width: int, workers: int, done: int) -> FromMatrixP
         reading=Reading(min(SAMPLE_MULTIPLE, given.n_samples), min(MOST_FEATURES, what.width)),
         peak_bytes=answer_peak_bytes(what, width, workers),
         read_bytes=read,
-        written_bytes=given.n_samples * given.n_columns * 4,
+        written_bytes=given.result_bytes(given.n_samples),
         operations=operations,
         picoseconds=read * COSTS.decoded_byte
         + operations * COSTS.operation
@@ -111,4 +112,7 @@ def answer_peak_bytes(what: AnswerInput, columns: int, workers: int) -> int:
     tile = 3 * samples * min(MOST_FEATURES, what.width) * 4
     # Sums, a product, and the values to write, plain and compressed.
     answers = 4 * samples * columns * 4
-    return given.base_bytes + tests + threads * (tile + answers)
+    ranked = ranking_bytes(given, columns)
+    # The rankings of all workers meet in one process.
+    meeting = given.processes * workers * ranked
+    return given.base_bytes + tests + threads * (tile + answers + ranked) + meeting

@@ -18,6 +18,7 @@ from hydra_pipe.plan.records import (
     ReductionInput,
     RowPlan,
     common_bytes,
+    ranking_bytes,
     readings,
     spans,
     test_widths,
@@ -154,6 +155,7 @@ def solving_peak_bytes(what: SolveInput, reading: Reading, held: int, tests: int
         + worker_bytes(given, reading)
         + scores
         + answers
+        + ranking_bytes(given, columns)
         + max(building, solving, answering)
     )
 
@@ -195,7 +197,7 @@ def _plan(what: SolveInput, reading: Reading, held: int, tests: int) -> Influenc
         reading=reading,
         peak_bytes=solving_peak_bytes(what, reading, held, tests),
         read_bytes=read,
-        written_bytes=given.n_samples * given.n_columns * 4,
+        written_bytes=given.result_bytes(given.n_samples),
         operations=operations,
         picoseconds=read * COSTS.decoded_byte
         + values * COSTS.converted_value

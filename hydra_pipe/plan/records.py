@@ -24,6 +24,11 @@ GOOD_BYTES = 8 * 2**20
 TEST_MULTIPLE = 64
 # A block of samples is a multiple of SAMPLE_MULTIPLE, for the same reason.
 SAMPLE_MULTIPLE = 4096
+# Samples that are ranked at a time. Bytes of a pair of the result, and of a pair while it is
+# ranked, joined with others and written. Bytes of the lists of a column, and of a value of a
+# column that is ranked, if all values are the same.
+RANKED_SAMPLES = 2**14
+PAIR_BYTES, _RANKED_BYTES, _LISTS_BYTES, _TIED_BYTES = 12, 72, 1024, 40
 # Number of test samples that are multiplied out at a time.
 TESTS_AT_ONCE = 64
 
@@ -48,6 +53,7 @@ class ReductionInput:
         part_rows: rows of each part, if several processes recorded one part each. The parts come
             one after the other.
         shards: numbers of the shards that are read, counted over all parts, ascending. None: all.
+        top: number of samples on each side that the result has of each column. None: all samples.
     """
 
     n_rows: int
@@ -72,6 +78,17 @@ class ReductionInput:
     base_bytes: int = BASE_BYTES
     part_rows: tuple[int, ...] = ()
     shards: tuple[int, ...] | None = None
+    top: int | None = None
+
+    def result_bytes(self, n_values: int) -> int:
+        """Return the bytes of the result, before compression.
+
+        Args:
+            n_values: number of values of each column, if all of them are written.
+        """
+        if self.top is None:
+            return n_values * self.n_columns * 4
+        return 2 * self.top * self.n_columns * PAIR_BYTES
 
     @property
     def n_read(self) -> int:
@@ -265,6 +282,17 @@ def bytes_of_tests(given: ReductionInput, tests: int) -> int:
     return tests * (
         given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4
     )
+
+
+def ranking_bytes(given: ReductionInput, columns: int) -> int:
+    """Return the bytes of a thread that ranks the samples of `columns` columns.
+
+    0 if all samples are written.
+    """
+    if given.top is None:
+        return 0
+    slab = min(given.n_samples, RANKED_SAMPLES) * (4 * columns + _TIED_BYTES)
+    return slab + columns * (2 * given.top * _RANKED_BYTES + _LISTS_BYTES)
 
 
 def worker_bytes(given: ReductionInput, reading: Reading, *, norms: bool = False) -> int:

@@ -33,6 +33,7 @@ from hydra_pipe.plan.records import (
     RowPlan,
     bytes_of_tests,
     common_bytes,
+    ranking_bytes,
     readings,
     spans,
     test_widths,
@@ -204,6 +205,7 @@ def scoring_peak_bytes(given: SumInput, reading: Reading, tests: int) -> int:
         + _threads(given) * (sums + scores + worker_bytes(given, reading, norms=given.norms))
         + sums
         + _merging_bytes(given, sums)
+        + given.workers * ranking_bytes(given, columns)
     )
 
 
@@ -424,7 +426,7 @@ def _plan(
         reading=reading,
         peak_bytes=peak,
         read_bytes=read,
-        written_bytes=given.n_samples * given.n_columns * 4 + kept,
+        written_bytes=given.result_bytes(given.n_samples) + kept,
         moved_bytes=moved,
         operations=operations,
         folded_values=folded,

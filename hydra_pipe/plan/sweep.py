@@ -18,6 +18,7 @@ from hydra_pipe.plan.records import (
     ReadingPlan,
     ReductionInput,
     common_bytes,
+    ranking_bytes,
     spans,
 )
 from hydra_pipe.units import format_bytes
@@ -164,7 +165,7 @@ def _plan(what: SweepInput, width: int, workers: int, done: int) -> SweepPlan:
         reading=Reading(what.decoded_rows, given.n_features),
         peak_bytes=sweep_peak_bytes(what, width, workers),
         read_bytes=read,
-        written_bytes=what.n_values * given.n_columns * 4,
+        written_bytes=given.result_bytes(what.n_values),
         operations=operations,
         picoseconds=picoseconds,
     )
@@ -194,5 +195,6 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
         + 8 * 4 * columns * len(FORMS)
     )
     gram = (6 + len(FORMS)) * what.most_rows**2 * 8
+    sums += ranking_bytes(given, columns)
     worker = start + carried + sums + files + step + gram + what.beside_bytes(columns)
     return common_bytes(given, 0) + threads * worker

@@ -32,6 +32,7 @@ _MEANT_FOR = {
     "--by": "methods with test samples",
     "--mean": "methods with test samples",
     "--rank": "--method hydra-fisher and hydra-exact",
+    "--top": "methods with test samples that do not train again",
     "--probe": "methods with test samples",
     "--pipeline": "--method hydra-exact",
     "dataset": "--method hydra-exact",
@@ -60,6 +61,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
         )
     if options.rank is not None:
         _check_rank(options, method)
+    if options.top is not None:
+        _check_top(options)
     if options.probe is not None:
         _check_test(options, method)
     if options.up_to_step is not None and options.keep_hypergradients:
@@ -119,6 +122,8 @@ def _given(options: Options) -> Iterator[str]:
         yield "--rank"
     if options.probe is not None:
         yield "--probe"
+    if options.top is not None:
+        yield "--top"
 
 
 def _check_rank(options: Options, method: Method) -> None:
@@ -135,6 +140,16 @@ def _check_rank(options: Options, method: Method) -> None:
         raise UsageError(f"--rank: means by {options.by} are few columns already: leave it out")
     if options.rank == FULL:
         raise UsageError(f"--rank full: {method.name} replays all directions: leave it out")
+
+
+def _check_top(options: Options) -> None:
+    if options.top is not None and options.top < 1:
+        raise UsageError(f"--top {options.top}: give 1 or more")
+    if options.keep_hypergradients:
+        raise UsageError(
+            "--top and --keep-hypergradients: choose one. Hypergradients that an earlier reduce "
+            "has kept answer --top too"
+        )
 
 
 def _check_test(options: Options, method: Method) -> None:

@@ -34,7 +34,7 @@ class ReductionJob(Generic[P]):
     Args:
         gradients: path of the store with the rows.
         tested: test gradients that are used, the last ones if there are several.
-        relevance: path of the array that is written to.
+        relevance: path of the array that is written to, or of the group of the top samples.
         n_samples: number of training samples.
         tests: spans of test samples, ascending. The plan counts places among these samples.
         groups: group of each test sample, shape (test,), int64. None: no averages are taken.
@@ -46,6 +46,7 @@ class ReductionJob(Generic[P]):
         in_place: True if sums may be added up in place. Allowed only if a task never runs twice and
             no other process holds its input. A cluster recomputes lost results from the results
             that it still has, so there it is False.
+        top: number of samples on each side that are written of each column. None: all samples.
     """
 
     gradients: Path
@@ -60,6 +61,7 @@ class ReductionJob(Generic[P]):
     prefix: Prefix | None = None
     checkpoints: tuple[int, ...] = ()
     in_place: bool = True
+    top: int | None = None
 
     def store(self) -> Gradients:
         """Open the recording anew: an open store cannot travel to other processes."""

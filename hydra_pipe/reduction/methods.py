@@ -29,7 +29,7 @@ _NO_PIPELINE = {"--pipeline": "needs none", "dataset": "needs none"}
 _NO_TRAINING = _NO_PIPELINE | {"--rank": "does not need it"}
 _EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row only once"}
 _NO_TESTS = dict.fromkeys(
-    ("--tests", "--by", "--mean", "--probe"),
+    ("--tests", "--by", "--mean", "--probe", "--top"),
     "has one value for each training sample, and no test samples",
 )
 
@@ -49,6 +49,7 @@ _METHODS = (
         refuses={
             "--keep-hypergradients": "has none that hold for other test samples",
             "--chunks": "reads no rows",
+            "--top": "replays the training for every pair",
         },
     ),
     Method(

@@ -16,7 +16,7 @@ from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DEFAULT_METHOD, Rank, ResultName
-from hydra_pipe.store.run.stages import KEEP, REDUCE, Settings, StageId
+from hydra_pipe.store.run.stages import KEEP, Settings, StageId, reduces_to
 from hydra_pipe.types import I64
 
 
@@ -34,6 +34,7 @@ class Options:
     up_to_step: int | None = None
     rank: Rank | None = None
     probe: str | None = None
+    top: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,20 @@ class ReductionRequest:
         """Name of the result."""
         options = self.options
         return str(
-            ResultName(options.method, options.by, options.up_to_step, options.rank, options.probe)
+            ResultName(
+                options.method,
+                options.by,
+                options.up_to_step,
+                options.rank,
+                options.probe,
+                options.top is not None,
+            )
         )
 
     @property
     def stage(self) -> StageId:
         """The stage that computes the result."""
-        return REDUCE.of(self.name)
+        return reduces_to(self.name)
 
     @property
     def settings(self) -> Settings:
@@ -118,7 +126,8 @@ class ReductionRequest:
         )
         first = {} if self.options.up_to_step is None else {names.UPTO: self.options.up_to_step}
         tested = {"checkpoint": self.tested.step} if self.method.of_tests else {}
-        return tested | selected | first
+        top = {} if self.options.top is None else {names.TOP: self.options.top}
+        return tested | selected | first | top
 
     @property
     def kept(self) -> Path:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.exporting.ranking import ClassMeans, top_samples
+from hydra_pipe.exporting.ranking import ClassMeans
+from hydra_pipe.maths.ranking import top_samples
 from hydra_pipe.progress import Task
 from hydra_pipe.store.data.relevance import read_relevance
 from hydra_pipe.store.zarr.arrays import Array

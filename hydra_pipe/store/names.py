@@ -105,6 +105,7 @@ STEP_DIM: Final = "step"
 SAMPLE_DIM: Final = "sample"
 TEST_DIM: Final = "test"
 TEST_GROUP_DIM: Final = "test_group"
+RANK_DIM: Final = "rank"
 ELEMENT_DIM: Final = "element"
 OUTPUT_DIM: Final = "output"
 TOP_DIM: Final = "top"
@@ -114,6 +115,11 @@ COLUMN_DIM: Final = "column"
 # Dimension of gradients.zarr/labels/test. It is not the array's name, or readers such as
 # xarray would take the labels for an index.
 TEST_LABEL_DIM: Final = "test_sample"
+# Arrays of relevance.zarr/RESULT-top: the relevance of the top samples of each side, and their ids.
+HELPFUL: Final = "helpful"
+HARMFUL: Final = "harmful"
+HELPFUL_SAMPLE: Final = "helpful_sample"
+HARMFUL_SAMPLE: Final = "harmful_sample"
 # Arrays of relevance.zarr beside the results: labels of samples and of test samples.
 SAMPLE_LABEL: Final = "sample_label"
 TEST_LABEL: Final = "test_label"
@@ -127,6 +133,8 @@ ROUNDS: Final = "rounds"
 RUNS: Final = "runs"
 # Setting of a reduction: number of the first steps that count.
 UPTO: Final = "upto"
+# Setting of top samples, of an export and of a report: number of samples on each side.
+TOP: Final = "top"
 # Facts of a reduction, found by its passes.
 CURVATURE_LEFT: Final = "curvature_left"
 DAMPING: Final = "damping"

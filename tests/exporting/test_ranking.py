@@ -5,7 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from hydra_pipe.exporting.ranking import ClassMeans, Ranking, rank_harmful, top_samples
+from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
+from hydra_pipe.maths.ranking import Ranking, top_samples
 
 # a busy machine is no fault
 EVERY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

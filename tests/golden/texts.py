@@ -32,6 +32,7 @@ whole --chunks 4x51 --probe new
 whole --keep-hypergradients
 whole --method tracin --by label
 whole --method grad-dot
+whole --method grad-dot --top 2
 whole --method grad-cos
 whole --method influence
 whole --method self

@@ -13,11 +13,13 @@ from hydra_pipe.store import names
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import (
     COMBINE,
+    EXPORT,
     KEEP,
     KINDS,
     RECORD,
     REDUCE,
     REPORT,
+    TOPS,
     StageId,
     StageKind,
     StageSource,
@@ -34,7 +36,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hydra_pipe.reduce(path, keep_hypergradients=True, method="hydra")
     hydra_pipe.probe(path, f"{TINY}:mistakes", name="wrong")
     hydra_pipe.reduce(path, probe="wrong", method="grad-dot")
+    hydra_pipe.reduce(path, method="hydra", top=3)
     hydra_pipe.export(path, full=True, top=5, method="hydra")
+    hydra_pipe.export(path, top=2, method="hydra-top")
     hydra_pipe.clean(path, lowest=4, method="hydra")
     hydra_pipe.report(path, method="hydra")
     hydra_pipe.evaluate(TINY, path, "smoothness")
@@ -117,8 +121,14 @@ def test_what_a_result_was_made_from_are_the_facts_of_the_format(run: Path) -> N
     assert {fact for own in facts.values() for fact in own} <= set(
         re.findall(r"`(of_\w+)`", FORMAT)
     )
-    assert all(facts[word] == {"of_reduce"} for word in ("export", "clean", "report"))
-    assert all(facts[word] == {"of_record"} for word in ("keep", "probe", "evaluate"))
+    assert all(facts[word] == {"of_reduce"} for word in ("clean", "report"))
+    assert all(facts[word] == {"of_record"} for word in ("keep", "probe", "evaluate", "tops"))
+    of_export = {
+        stage.name: [source.fact for source in stage.sources(entry)]
+        for stage, entry in found.stages.items()
+        if stage.kind is EXPORT
+    }
+    assert of_export == {"hydra": ["of_reduce"], "hydra-top": ["of_tops"]}
     of_probe = REDUCE.of("grad-dot-of-wrong")
     assert [source.fact for source in of_probe.sources(found.stages[of_probe])] == [
         "of_record",
@@ -181,5 +191,6 @@ def test_what_comes_from_a_relevance_goes_with_it() -> None:
         "clean hydra-mean",
         "report hydra-mean",
     ]
+    assert TOPS.of("hydra-top").results == (EXPORT.of("hydra-top"),)
     assert RECORD.results == KEEP.of("hydra").results == ()
     assert StageSource.of(RECORD).fact == "of_record"

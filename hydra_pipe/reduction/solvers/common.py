@@ -91,6 +91,8 @@ class CommonSolver(ABC, Generic[P]):
             memory_bytes,
             workers,
         )
+        if request.options.top is not None:
+            found = replace(found, top=min(request.options.top, request.n_samples))
         if request.last is None:
             return found
         return replace(
@@ -152,6 +154,7 @@ class CommonSolver(ABC, Generic[P]):
             prefix=self.gradients.prefix,
             checkpoints=request.checkpoints,
             in_place=not given.processes,
+            top=given.top,
         )
 
     def conclude(self) -> None:

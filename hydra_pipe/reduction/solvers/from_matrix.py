@@ -8,8 +8,10 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 
 from hydra_pipe.errors import StoreError
+from hydra_pipe.maths.ranking import Ranking
 from hydra_pipe.plan.from_matrix import AnswerInput, FromMatrixPlan, plan_answers
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
+from hydra_pipe.reduction.answers import Answers, finish
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
 from hydra_pipe.reduction.job import ReductionJob, columns_of_tests
@@ -21,9 +23,7 @@ from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix
-from hydra_pipe.store.data.relevance import write_relevance
 from hydra_pipe.store.run.stages import Stage
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.types import F32, Span
 
 
@@ -60,7 +60,9 @@ class FromMatrix(ReadingSolver[FromMatrixPlan]):
             yield (
                 columns,
                 done(
-                    [answering(job, samples, columns, count_rows) for samples in pairwise(bounds)]
+                    job,
+                    columns[0],
+                    [answering(job, samples, columns, count_rows) for samples in pairwise(bounds)],
                 ),
             )
 
@@ -94,27 +96,32 @@ def check_matrix(request: ReductionRequest) -> None:
         )
 
 
-def _done(answers: list[None]) -> Found:
+def _done(
+    job: ReductionJob[FromMatrixPlan], first_column: int, rankings: list[Ranking | None]
+) -> Found:
     """Join the answers of a pass into one result. The pass has no findings."""
+    finish(job, first_column, rankings)
     return {}
 
 
 @single_threaded_blas
 def answer(
     job: ReductionJob[FromMatrixPlan], samples: Span, columns: Span, count_rows: CountRows
-) -> None:
-    """Write some columns of the relevance of some samples."""
+) -> Ranking | None:
+    """Answer some columns of the relevance of some samples."""
     assert job.kept is not None
     store = job.store()
-    kept, array = HypergradientMatrix(job.kept, store), Array.open(job.relevance)
+    kept = HypergradientMatrix(job.kept, store)
+    answers = Answers(job, columns[0], columns[1] - columns[0])
     with _held_columns(job, store, columns) as tests:
         for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
             own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))
             found: F32 = np.zeros((own.stop - own.start, len(tests)), np.float32)
             for features in kept.tiles():
                 found += kept.read(own, features) @ tests[:, features].T
-            write_relevance(array, low, columns[0], found)
+            answers.add(low, found)
             count_rows(len(found))
+    return answers.ranking
 
 
 def _held_columns(

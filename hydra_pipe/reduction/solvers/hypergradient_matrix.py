@@ -267,9 +267,10 @@ class FromSamples(Direction[ForwardSweep]):
         """See `Direction`."""
         return forward(store, n_taken, rows_at_once)
 
-    def write(self, array: Array, columns: Span, sweep: ForwardSweep) -> None:
+    def write(self, job: ReductionJob[Any], columns: Span, sweep: ForwardSweep) -> None:
         """See `Direction`."""
         sweep.finish()
+        array = Array.open(job.relevance)
         width = array.chunks[1]
         for left in range(0, array.shape[1], width):
             features = slice(left, min(left + width, array.shape[1]))

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.influence import damped, inverse_damping
 from hydra_pipe.plan.influence import InfluencePlan, SolveInput, plan_solve
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
+from hydra_pipe.plan.records import Answered, Found, ReductionInput
+from hydra_pipe.reduction.answers import Answers, finish
 from hydra_pipe.reduction.column_groups import segments_of
 from hydra_pipe.reduction.executors.base import CountRows
 from hydra_pipe.reduction.job import (
@@ -34,8 +35,6 @@ from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.reduction.weights import StepWeights
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.relevance import write_relevance
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.streams import Stream
 from hydra_pipe.types import F32, F64, I64, Span
 
@@ -79,14 +78,14 @@ def influence(job: ReductionJob[InfluencePlan], count_rows: CountRows) -> Found:
 def _influence(job: ReductionJob[InfluencePlan], rows: "_LastRows") -> Found:
     matrix = (_by_features if job.plan.by_features else _by_samples)(job, rows)
     answers = _answers_by_features if job.plan.by_features else _answers_by_samples
-    array = Array.open(job.relevance)
     for tests in job.plan.test_blocks:
         found = answers(job, rows, matrix, tests)
         first_column = tests[0] if job.groups is None else 0
         relevance: F32 = np.zeros((job.n_samples, found.shape[1]), np.float32)
         relevance[rows.samples] = found / max(1, len(found))
-        for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
-            write_relevance(array, low, first_column, relevance[low : low + SAMPLE_MULTIPLE])
+        written = Answers(job, first_column, relevance.shape[1])
+        written.add(0, relevance)
+        finish(job, first_column, [written.ranking])
     return {
         names.DAMPING: 1 / max(float(rows.inverse_damping.max()), float(np.finfo(np.float64).tiny))
     }

@@ -18,6 +18,7 @@ from hydra_pipe.store.data.relevance import (
     create_relevance,
     open_relevance,
 )
+from hydra_pipe.store.data.top_samples import TopSamples, create_top_samples
 from hydra_pipe.store.disk_space import room_for, say_if_tight
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.run.permission import check_stages
@@ -43,8 +44,8 @@ class ResultSolver(CommonSolver[P]):
 
     @property
     def target(self) -> Path:
-        """Path of the relevance array."""
-        return self.directory.path / names.RELEVANCE / self.request.name
+        """Path of the relevance array, or of the group of the top samples."""
+        return self.directory.path / self.stages[0].area
 
     def has_work(self) -> bool:
         """See `Solver`."""
@@ -64,18 +65,22 @@ class ResultSolver(CommonSolver[P]):
     def fits(self, plan: P) -> bool:
         """See `CommonSolver`."""
         n_samples, columns = self.request.n_samples, self.request.columns
+        grouped = columns.by is not None
+        if self.request.options.top is not None:
+            tops = TopSamples(self.target, self.directory.run_id)
+            # settings say how many samples each side has, and blocks of samples fill no chunks
+            return tops.columns == columns and plan.fills((1, tops.chunks[0]), grouped=grouped)
         array = open_relevance(self.target.parent, self.target.name)
         if columns_of(array) != columns or array.shape != (n_samples, columns.n_columns):
             return False
         as_made = array.shards is None and array.chunks[0] == chunk_samples(n_samples)
-        return as_made and plan.fills(array.chunks, grouped=columns.by is not None)
+        return as_made and plan.fills(array.chunks, grouped=grouped)
 
     # ------------------------------------------------------------------ beginning and ending
 
     def create(self, course: Course[P]) -> None:
         """See `Solver`. Results that depend on an earlier relevance are removed."""
-        request, directory, name = self.request, self.directory, self.request.name
-        stage = request.stage
+        request, directory, stage = self.request, self.directory, self.request.stage
         check_stages(directory.path, *self.stages, *stage.results)
         # the manifest changes before the files do
         directory.forget(*stage.results)
@@ -83,8 +88,28 @@ class ResultSolver(CommonSolver[P]):
         self.claim()
         for place in (place for one in (stage, *stage.results) for place in one.places):
             remove(directory.path / place)
-        method = request.method
-        attributes = {names.METHOD: method.name, names.SIGN: method.sign, names.UNIT: method.unit}
+        if course.given.top is None:
+            self._create_relevance(course)
+        else:
+            create_top_samples(
+                self.target,
+                self._attributes,
+                request.columns,
+                course.given.top,
+                _chunk_width(course),
+                directory.run_id,
+            )
+        if self.divided_by_memory:
+            self.mark(Answered(course.plan.order, 0, course.given.base_bytes))
+
+    @property
+    def _attributes(self) -> dict[str, str]:
+        method = self.request.method
+        return {names.METHOD: method.name, names.SIGN: method.sign, names.UNIT: method.unit}
+
+    def _create_relevance(self, course: Course[P]) -> None:
+        """Create the array, and the coordinates of its samples and columns."""
+        request, directory, name = self.request, self.directory, self.request.name
         own = committed(directory.stages[RECORD])
         n_tests = 0 if own is None else own.n_tests
         is_whole = (
@@ -92,40 +117,38 @@ class ResultSolver(CommonSolver[P]):
             and request.columns.by is None
             and request.columns.tests == ((0, n_tests),)
         )
-        given, width = (
-            course.given,
-            course.plan.chunk_width(course.given.n_columns if course.given.grouped else None),
-        )
-        store = self.target.parent
+        store, n_samples = self.target.parent, course.given.n_samples
         create_relevance(
             store,
             name,
-            attributes,
-            given.n_samples,
+            self._attributes,
+            n_samples,
             request.columns,
-            width,
+            _chunk_width(course),
             directory.run_id,
             whole=is_whole,
         )
         coordinates = shared_coordinates(
             self.gradients.labels(names.TRAIN_LABELS),
             self.gradients.labels(names.TEST_LABELS),
-            given.n_samples,
+            n_samples,
             n_tests,
         )
         write_coordinates(
             store,
             coordinates if is_whole else {**coordinates, **own_coordinates(name, request.columns)},
         )
-        if self.divided_by_memory:
-            self.mark(Answered(course.plan.order, 0, given.base_bytes))
 
     def claim(self) -> None:
         """Claim the stages that are written beside the relevance."""
 
     def facts(self, given: ReductionInput) -> dict[str, Any]:
         """See `Solver`."""
-        return {"n_tests": self.request.columns.n_tests, "n_columns": given.n_columns}
+        found: dict[str, Any] = {
+            "n_tests": self.request.columns.n_tests,
+            "n_columns": given.n_columns,
+        }
+        return found if given.top is None else found | {"n_top": given.top}
 
     # ------------------------------------------------------------------ words
 
@@ -145,6 +168,13 @@ class ResultSolver(CommonSolver[P]):
     def noun_of(self, plan: P) -> str:
         """Return the word for the units of work done."""
         return "test samples"
+
+
+def _chunk_width(course: Course[Any]) -> int:
+    """Return the columns of a chunk of the result."""
+    given = course.given
+    n_columns: int = course.plan.chunk_width(given.n_columns if given.grouped else None)
+    return n_columns
 
 
 class ReadingSolver(ResultSolver[R]):
@@ -184,7 +214,8 @@ class ReadingSolver(ResultSolver[R]):
         given, plan = course.given, course.plan
         return self.sizes(given) | {
             "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}"
-            + (f", in {given.n_columns:,} groups" if given.grouped else ""),
+            + (f", in {given.n_columns:,} groups" if given.grouped else "")
+            + ("" if given.top is None else f", of which {given.top:,} on each side are kept"),
             "order": plan.order,
             "passes": f"{plan.passes:,}, of {plan.width:,} {plan.noun} each",
             "tasks": f"{plan.tasks:,}, {plan.workers} at once",

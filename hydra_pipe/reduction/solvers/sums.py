@@ -14,6 +14,7 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
+from hydra_pipe.maths.ranking import Ranking
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.plan.sums import (
     FOLD_FIRST,
@@ -25,6 +26,7 @@ from hydra_pipe.plan.sums import (
     plan_sums,
 )
 from hydra_pipe.progress import Progress
+from hydra_pipe.reduction.answers import Answers, finish
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.column_groups import DenseSegment, dense_segments, segments_of
 from hydra_pipe.reduction.executors.base import CountRows, Workers
@@ -85,7 +87,10 @@ class WeightedSums(ReadingSolver[SumPlan]):
             **vars(super().given(workers)),
             keeping=self._keeping,
             kept=request.has_kept,
-            folds=request.last is None and len(request.checkpoints) == 1,
+            # folds answer some samples for all tests, and top samples are found among all samples
+            folds=request.last is None
+            and len(request.checkpoints) == 1
+            and request.options.top is None,
             norms=request.method.rows.cosine,
             checkpoints=len(request.checkpoints),
         )
@@ -228,7 +233,7 @@ def graphs(
 def _pass_of_tests(
     job: ReductionJob[SumPlan],
     score: Callable[..., Sums],
-    answer: Callable[..., None],
+    answer: Callable[..., Ranking | None],
     tests: Span,
     count_rows: CountRows,
 ) -> Delayed:
@@ -236,16 +241,16 @@ def _pass_of_tests(
     scoring, answering = delayed(score), delayed(answer)
     partials = [scoring(job, run, tests, count_rows) for run in job.plan.row_runs]
     totals = _totals(job, partials, (0, job.n_samples))
-    result: Delayed = delayed(_done)([answering(job, share, tests, sums) for share, sums in totals])
+    answers = [answering(job, share, tests, sums) for share, sums in totals]
+    result: Delayed = delayed(_done)(job, _first_column(job, tests), answers)
     return result
 
 
 def _folding_pass(job: ReductionJob[SumPlan], samples: Span, count_rows: CountRows) -> Delayed:
     fold, answer = delayed(_fold_run), delayed(_answer)
     partials = [fold(job, run, samples, count_rows) for run in job.plan.row_runs]
-    result: Delayed = delayed(_done)(
-        [answer(job, share, sums) for share, sums in _totals(job, partials, samples)]
-    )
+    answers = [answer(job, share, sums) for share, sums in _totals(job, partials, samples)]
+    result: Delayed = delayed(_done)(job, 0, answers)
     return result
 
 
@@ -489,14 +494,15 @@ def _score_kept(job: ReductionJob[SumPlan], run: Span, tests: Span, count_rows: 
 
 
 @single_threaded_blas
-def _answer_kept(job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
-    """Write the relevance of some samples for some test samples, from kept hypergradients.
+def _answer_kept(
+    job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: Sums
+) -> Ranking | None:
+    """Answer some samples for some test samples, from kept hypergradients.
 
     The relevance is the scores of factored rows plus the products of the kept sums.
     """
     kept, (total,) = _open_kept(job), sums
-    array = Array.open(job.relevance)
-    first_column = tests[0] if job.groups is None else 0
+    answers = Answers(job, _first_column(job, tests), total.shape[1])
     values = None
     if kept.folded is not None:
         segments, averages = dense_segments(job.store().layout), job.averages()
@@ -508,7 +514,8 @@ def _answer_kept(job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: S
         found = total[own.start - samples[0] : own.stop - samples[0]]
         if values is not None:
             found = found + kept.read_folded(own) @ values.T
-        write_relevance(array, low, first_column, found)
+        answers.add(low, found)
+    return answers.ranking
 
 
 def _open_kept(job: ReductionJob[SumPlan]) -> Hypergradients:
@@ -516,13 +523,19 @@ def _open_kept(job: ReductionJob[SumPlan]) -> Hypergradients:
     return Hypergradients(job.kept, job.store())
 
 
-def _write(job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
-    """Write the relevance of some samples for some test samples."""
-    write_relevance(
-        Array.open(job.relevance), samples[0], tests[0] if job.groups is None else 0, sums[0]
-    )
+def _write(job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: Sums) -> Ranking | None:
+    """Answer some samples for some test samples."""
+    answers = Answers(job, _first_column(job, tests), sums[0].shape[1])
+    answers.add(samples[0], sums[0])
+    return answers.ranking
 
 
-def _done(answers: list[None]) -> Found:
+def _first_column(job: ReductionJob[SumPlan], tests: Span) -> int:
+    """Return the first column of the result that some test samples answer."""
+    return tests[0] if job.groups is None else 0
+
+
+def _done(job: ReductionJob[SumPlan], first_column: int, answers: list[Ranking | None]) -> Found:
     """Join the answers of a pass into one result. The pass has no findings."""
+    finish(job, first_column, answers)
     return {}

@@ -15,9 +15,10 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.maths.schedule import Schedule
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
+from hydra_pipe.plan.records import RANKED_SAMPLES, Answered, Found, ReductionInput
 from hydra_pipe.plan.sums import parse_chunks
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
+from hydra_pipe.reduction.answers import Answers, finish
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
 from hydra_pipe.reduction.job import ReductionJob, columns_of_tests
@@ -32,12 +33,10 @@ from hydra_pipe.reduction.sweep import Span as SeriesSpan
 from hydra_pipe.reduction.sweep import Sweep as BackwardSweep
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.relevance import write_relevance
 from hydra_pipe.store.data.rows import check_within
 from hydra_pipe.store.data.save_interval import SaveInterval
 from hydra_pipe.store.data.sweep_state import load_state, remove_state, remove_states, save_state
 from hydra_pipe.store.json_parsing import is_count
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.streams import Stream
 from hydra_pipe.types import F32, I64, Span
 
@@ -142,7 +141,7 @@ class Direction(ABC, Generic[R]):
         """
 
     @abstractmethod
-    def write(self, array: Array, columns: Span, sweep: R) -> None:
+    def write(self, job: ReductionJob[Any], columns: Span, sweep: R) -> None:
         """Write the result of a finished sweep."""
 
 
@@ -157,12 +156,12 @@ class Backward(Direction[BackwardSweep]):
         """See `Direction`."""
         return backward(store, store.n_steps - n_taken, rows_at_once)
 
-    def write(self, array: Array, columns: Span, sweep: BackwardSweep) -> None:
+    def write(self, job: ReductionJob[Any], columns: Span, sweep: BackwardSweep) -> None:
         """See `Direction`."""
-        for low in range(0, array.shape[0], SAMPLE_MULTIPLE):
-            write_relevance(
-                array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE])
-            )
+        answers = Answers(job, columns[0], columns[1] - columns[0])
+        for low in range(0, job.n_samples, RANKED_SAMPLES):
+            answers.add(low, np.negative(sweep.sums[low : low + RANKED_SAMPLES]))
+        finish(job, columns[0], [answers.ranking])
 
 
 class OverFeatures(Backward):
@@ -266,7 +265,7 @@ def sweep_columns(
             if pace.due:
                 with pace.keeping():
                     _keep(job, columns, running)
-    direction.write(Array.open(job.relevance), columns, sweep)
+    direction.write(job, columns, sweep)
     remove_state(job.relevance, columns)
     return sweep.left / max(1, sweep.n_steps)
 

@@ -15,7 +15,7 @@ from hydra_pipe.store.files import remove
 from hydra_pipe.store.json_parsing import is_count
 from hydra_pipe.store.run.listing import Listed, listed
 from hydra_pipe.store.run.manifest import COMMITTED, PRUNED, RunDirectory
-from hydra_pipe.store.run.stages import RECORD, REDUCE, Stage
+from hydra_pipe.store.run.stages import RECORD, REDUCE, TOPS, Stage
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def forget_upto(run: RunDirectory, n_steps: int) -> None:
     """
     for which, stage in list(run.stages.items()):
         up_to_step = stage.settings.get(names.UPTO)
-        if which.kind is REDUCE and is_count(up_to_step) and up_to_step > n_steps:
+        if which.kind in (REDUCE, TOPS) and is_count(up_to_step) and up_to_step > n_steps:
             gone = (which, *which.results)
             run.forget(*gone)
             for place in (place for one in gone for place in one.places):

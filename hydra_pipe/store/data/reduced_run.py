@@ -18,9 +18,11 @@ from hydra_pipe.store.data.relevance import (
     open_relevance,
 )
 from hydra_pipe.store.data.samples import RecordedSamples, ResultSamples
+from hydra_pipe.store.data.top_samples import TopSamples
+from hydra_pipe.store.run.listing import listed
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.stages import COMBINE, REDUCE
+from hydra_pipe.store.run.stages import COMBINE, TOPS, reduces_to
 from hydra_pipe.store.zarr.arrays import Array
 
 
@@ -94,6 +96,36 @@ class ReducedRun(SamplesOfColumns):
         return cls(up_to_step=up_to_step, samples=samples, columns=columns, relevance=relevance)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReducedTops(SamplesOfColumns):
+    """The result of a complete reduction to the top samples of each column.
+
+    Args:
+        tops: the top samples. All their files exist.
+    """
+
+    tops: TopSamples
+
+    @classmethod
+    def open(cls, directory: RunDirectory, name: str) -> "ReducedTops":
+        """Open the result `name`, whose stage is complete.
+
+        Raises:
+            StoreError: the result is damaged, or of another recording.
+        """
+        up_to_step, samples, n_known = _samples_of(directory, name)
+        stage = TOPS.of(name)
+        tops = TopSamples(directory.path / stage.area, directory.run_id, listed(directory, stage))
+        tops.check()
+        n_tests = tops.columns.tests[-1][1]
+        if n_tests > n_known or tops.count > samples.n_samples:
+            raise StoreError(
+                f"{tops.path} has {tops.count} samples of {n_tests} tests, {samples.n_samples} x "
+                f"{n_known} were recorded: {RELEVANCE_UNREADABLE}"
+            )
+        return cls(up_to_step=up_to_step, samples=samples, columns=tops.columns, tops=tops)
+
+
 def keys_of(directory: RunDirectory, result: str) -> Keys | None:
     """Return the keys of the training samples of a result. None: they have none.
 
@@ -118,7 +150,7 @@ def _samples_of(directory: RunDirectory, name: str) -> tuple[int | None, ResultS
     if COMBINE.of(name) in directory.stages:
         combined = open_combined(directory, name)
         return None, combined, combined.n_tests
-    reduction = directory.stages[REDUCE.of(name)]
+    reduction = directory.stages[reduces_to(name)]
     up_to_step = reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
     gradients, counts = open_recording(directory, up_to_step)
     tested, n_known = tested_by(

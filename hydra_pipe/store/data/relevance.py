@@ -1,6 +1,7 @@
 """`relevance.zarr`: one array (sample, test) for each method."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.files import is_remote, remove, remove_partials_of, sync, sync_tree
 from hydra_pipe.store.json_parsing import is_count, is_plain
 from hydra_pipe.store.run.locks import brief_lock
-from hydra_pipe.store.run.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
+from hydra_pipe.store.run.results import BY_LABEL, GROUPINGS, ITSELF, MEAN, refuse_top
 from hydra_pipe.store.zarr.arrays import METADATA, Array, Group, damage_named
 from hydra_pipe.types import Span
 
@@ -186,7 +187,20 @@ def columns_of(array: Array) -> ResultColumns:
     Raises:
         StoreError: the array's attributes are damaged.
     """
-    found = array.attributes
+    return parse_columns(array.path, array.attributes, array.shape[1])
+
+
+def parse_columns(path: Path, found: Mapping[str, Any], n_columns: int) -> ResultColumns:
+    """Return the meaning of columns from the attributes that `to_attributes` made.
+
+    Args:
+        path: path of the array or group that has the attributes.
+        found: the attributes.
+        n_columns: number of columns.
+
+    Raises:
+        StoreError: the attributes are damaged.
+    """
     try:
         by = found.get(names.BY)
         # The number of test samples is unknown here, so no id is refused as too large.
@@ -199,12 +213,10 @@ def columns_of(array: Array) -> ResultColumns:
                 f"{shown(found[names.UNIT])}"
             )
         columns = ResultColumns(tests, by, _group_names(found[names.LABEL_NAMES]) if by else ())
-        if columns.n_columns != array.shape[1]:
+        if columns.n_columns != n_columns:
             raise ValueError(f"attributes for {columns.n_columns} columns")
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise StoreError(
-            f"{array.path} is damaged ({shown(error)}): {RELEVANCE_UNREADABLE}"
-        ) from error
+        raise StoreError(f"{path} is damaged ({shown(error)}): {RELEVANCE_UNREADABLE}") from error
     return columns
 
 
@@ -222,7 +234,13 @@ def _group_names(found: Any) -> tuple[int | str, ...]:
 
 
 def open_relevance(path: Path, name: str) -> Array:
-    """Open the array `name`. Raises: StoreError: missing or damaged."""
+    """Open the array `name`.
+
+    Raises:
+        UsageError: the result has the top samples alone.
+        StoreError: missing or damaged.
+    """
+    refuse_top(name)
     if not is_plain(name):
         raise StoreError(
             f"{path} has no array called {shown(name)}: names are of letters, digits, - and _"

@@ -11,7 +11,7 @@ from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
 from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stage_runner import alone
-from hydra_pipe.store.run.stages import KEEP, RECORD, REDUCE, StageId
+from hydra_pipe.store.run.stages import KEEP, RECORD, REDUCE, TOPS, StageId
 from hydra_pipe.store.zarr.arrays import CHUNKS
 
 
@@ -51,7 +51,7 @@ def _unfinished(run: RunDirectory) -> list[StageId]:
     methods = {stage.name for stage in begun}
     for stage, entry in run.stages.items():
         if (
-            stage.kind is REDUCE
+            stage.kind in (REDUCE, TOPS)
             and entry.state != "complete"
             and ResultName.parse(stage.name).method in methods
         ):

@@ -19,6 +19,7 @@ from hydra_pipe.store.data.hypergradients import open_kept
 from hydra_pipe.store.data.probes import Probe
 from hydra_pipe.store.data.rankings import opened_table
 from hydra_pipe.store.data.relevance import columns_of, group_is_whole, open_array, open_relevance
+from hydra_pipe.store.data.top_samples import TopSamples
 from hydra_pipe.store.files import files_below, is_partial, sha256_of
 from hydra_pipe.store.integrity.compare import Comparison
 from hydra_pipe.store.integrity.consistency import check_rows
@@ -35,6 +36,7 @@ from hydra_pipe.store.run.stages import (
     PROBE,
     RECORD,
     REDUCE,
+    TOPS,
     Stage,
     StageId,
     StageKind,
@@ -85,7 +87,8 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
     for which, stage in run.stages.items():
         if stage.state == "complete":
             yield from check_stage(run, which, task)
-    if run.of_kind(REDUCE) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
+    has_results = bool(run.of_kind(REDUCE) or run.of_kind(TOPS))
+    if has_results and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
             f"{names.RELEVANCE}/{METADATA}",
             "is missing or not what was written: readers do not find what is in it, or take it "
@@ -291,6 +294,22 @@ def _check_relevance(checked: _Checked) -> Iterator[Fault]:
         yield checked.fault(f"has shape {array.shape}, the recording has {expected}")
 
 
+def _check_top_samples(checked: _Checked) -> Iterator[Fault]:
+    tops = TopSamples(checked.path, checked.run.run_id, checked.members)
+    tops.check()
+    n_columns, count = checked.entry.count("n_columns"), checked.entry.count("n_top", least=1)
+    n_samples = checked.run.n_samples(checked.stage.name)
+    if (tops.columns.n_columns, tops.count) != (n_columns, count):
+        yield checked.fault(
+            f"has {tops.count} samples of {tops.columns.n_columns} columns, {count} of "
+            f"{n_columns} were written"
+        )
+        return
+    # In pieces, not all at once: few bytes can claim many columns.
+    for first in range(0, n_columns, tops.chunks[0]):
+        tops.read((first, min(first + tops.chunks[0], n_columns)), count, n_samples)
+
+
 def _check_combined(checked: _Checked) -> Iterator[Fault]:
     combined = Combined(checked.path, checked.run.run_id, checked.members)
     combined.check()
@@ -338,6 +357,7 @@ _CHECKS: dict[StageKind, Callable[[_Checked], Iterator[Fault]]] = {
     PROBE: _check_probe,
     COMBINE: _check_combined,
     REDUCE: _check_relevance,
+    TOPS: _check_top_samples,
     EXPORT: _check_rankings,
     CLEAN: _check_proposal,
 }
@@ -364,6 +384,8 @@ def total_bytes(run: RunDirectory) -> int:
         for result in run.of_kind(COMBINE):
             path = run.path / COMBINE.of(result).area
             total += sum(array.n_bytes for _, array in Combined(path, run.run_id).arrays())
+        for name in run.of_kind(TOPS):
+            total += TopSamples(run.path / TOPS.of(name).area, run.run_id).n_bytes
         for method in run.of_kind(REDUCE):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):

@@ -12,6 +12,8 @@ from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, DYNAMICS, MEA
 DATASET = "dataset"
 # Fact of a combination: paths of its runs.
 PATHS = "paths"
+# Value of `reduce --top` in a command for a result that nobody has computed.
+_USUAL_TOP = 100
 _GROUPED = {None: [], BY_LABEL: ["--by", "label"], MEAN: ["--mean"]}
 _Settings = Mapping[str, Any]
 
@@ -29,6 +31,7 @@ def reducing(run: Path, name: str, settings: _Settings) -> str:
         "--tests": settings.get(names.TESTS),
         "--up-to-step": settings.get(names.UPTO),
         "--rank": result.rank,
+        "--top": settings.get(names.TOP, _USUAL_TOP if result.is_top else None),
     }
     options |= {
         "--probe": result.probe,
@@ -54,7 +57,8 @@ def probing(run: Path, name: str, settings: _Settings) -> str:
 def exporting(run: Path, name: str, settings: _Settings) -> str:
     """Return the command that writes the rankings of the relevance called `name`."""
     full = ["--full"] if settings.get("full") else []
-    return _command("export", str(run), *full, **{"--method": name, "--top": settings.get("top")})
+    top = settings.get(names.TOP)
+    return _command("export", str(run), *full, **{"--method": name, "--top": top})
 
 
 def cleaning(run: Path, name: str, settings: _Settings) -> str:
@@ -67,7 +71,7 @@ def cleaning(run: Path, name: str, settings: _Settings) -> str:
 
 def reporting(run: Path, name: str, settings: _Settings) -> str:
     """Return the command that writes the page about the relevance called `name`."""
-    options = {"--tests": settings.get(names.TESTS), "--top": settings.get("top")}
+    options = {"--tests": settings.get(names.TESTS), "--top": settings.get(names.TOP)}
     return _command("report", str(run), **{"--method": name}, **options)
 
 

@@ -25,11 +25,13 @@ from hydra_pipe.store.files import (
 from hydra_pipe.store.json_parsing import is_count, read_json
 from hydra_pipe.store.json_writing import json_bytes
 from hydra_pipe.store.run.locks import brief_lock
+from hydra_pipe.store.run.results import refuse_top
 from hydra_pipe.store.run.stages import (
     CHECKSUMS,
     COMBINE,
     OWNED,
     RECORD,
+    REDUCE,
     Holds,
     Settings,
     Stage,
@@ -306,7 +308,10 @@ class RunDirectory:
 
         Raises:
             RunError: the stage is not complete. The message names the command that completes it.
+            UsageError: every pair is required of a result of the top samples alone.
         """
+        if which.kind is REDUCE:
+            refuse_top(which.name)
         stage = self.stages.get(which)
         if stage is None or stage.state != "complete":
             why = "has not been run" if stage is None else f"is not finished (state: {stage.state})"

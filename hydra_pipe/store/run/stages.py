@@ -106,8 +106,8 @@ class StageKind:
         also: function that yields the other stages that a result was made from.
         beside: function from a stage's name to the other paths that go when a stage is
             discarded, relative to the run.
-        of_recording: function that tells by its name whether a stage is made from the recording
-            itself, in place of `made_from`.
+        otherwise: function that returns, by its name, another kind that a stage is made from, in
+            place of `made_from`. None: there is no other.
     """
 
     word: str
@@ -119,10 +119,14 @@ class StageKind:
     made_from: "StageKind | None"
     also: "Callable[[StageId, Stage], Iterator[StageSource]]" = lambda stage, entry: iter(())
     beside: Callable[[str], tuple[str, ...]] = lambda name: ()
-    of_recording: Callable[[str], bool] = lambda name: False
+    otherwise: "Callable[[str], StageKind | None]" = lambda name: None
 
     def __repr__(self) -> str:
         return f"StageKind({self.word})"
+
+    def source(self, name: str) -> "StageKind | None":
+        """Return the kind that the stage called `name` is made from. None: nothing in the run."""
+        return self.otherwise(name) or self.made_from
 
     def of(self, name: object) -> "StageId":
         """Return the stage of this kind that is called `name`, or is of the result `name`."""
@@ -186,8 +190,8 @@ class StageId:
             mean = REDUCE.of(self.name)
             return (mean, *mean.results)
         return (
-            tuple(kind.of(self.name) for kind in KINDS if kind.made_from is self.kind)
-            if self.kind is REDUCE
+            tuple(kind.of(self.name) for kind in KINDS if kind.source(self.name) is self.kind)
+            if self.kind in (REDUCE, TOPS)
             else ()
         )
 
@@ -206,7 +210,7 @@ class StageId:
 
     def sources(self, entry: Stage) -> "Iterator[StageSource]":
         """Yield the stages that this one was made from. `entry`: this stage in the manifest."""
-        source = RECORD.kind if self.kind.of_recording(self.name) else self.kind.made_from
+        source = self.kind.source(self.name)
         if source is not None:
             yield StageSource.of(RECORD if source is RECORD.kind else source.of(self.name))
             yield from self.kind.also(self, entry)
@@ -275,6 +279,11 @@ def kept_with(stage: StageId, stages: Stages) -> StageId:
     return next((made for made in stages if made in able), able[0])
 
 
+def reduces_to(name: str) -> StageId:
+    """Return the stage that computes the result `name`: every pair, or the top samples alone."""
+    return (TOPS if ResultName.parse(name).is_top else REDUCE).of(name)
+
+
 def _probe_of(stage: StageId, entry: Stage) -> Iterator[StageSource]:
     probe = ResultName.parse(stage.name).probe
     if probe is not None:
@@ -338,6 +347,16 @@ REDUCE: Final = StageKind(
     also=_probe_of,
     beside=lambda result: (f"{names.RELEVANCE}/{names.columns_dimension(result)}",),
 )
+TOPS: Final = StageKind(
+    word="tops",
+    noun="top samples",
+    damaged="the top samples cannot be trusted: compute them again with {again} --overwrite",
+    holds=Holds.GROUP,
+    area=lambda result: f"{names.RELEVANCE}/{result}",
+    command=_by(commands.reducing),
+    made_from=RECORD.kind,
+    also=_probe_of,
+)
 EXPORT: Final = StageKind(
     word="export",
     noun="rankings",
@@ -347,6 +366,7 @@ EXPORT: Final = StageKind(
     command=_by(commands.exporting),
     made_from=REDUCE,
     also=_own_relevance,
+    otherwise=lambda name: TOPS if ResultName.parse(name).is_top else None,
 )
 CLEAN: Final = StageKind(
     word="clean",
@@ -356,7 +376,7 @@ CLEAN: Final = StageKind(
     area=lambda result: f"{names.CLEANING}/{names.METHOD}={result}",
     command=_by(commands.cleaning),
     made_from=REDUCE,
-    of_recording=lambda name: name == DYNAMICS,
+    otherwise=lambda name: RECORD.kind if name == DYNAMICS else None,
 )
 REPORT: Final = StageKind(
     word="report",
@@ -368,7 +388,7 @@ REPORT: Final = StageKind(
     ),
     command=_by(commands.reporting),
     made_from=REDUCE,
-    of_recording=lambda name: name == DYNAMICS,
+    otherwise=lambda name: RECORD.kind if name == DYNAMICS else None,
 )
 EVALUATE: Final = StageKind(
     word="evaluate",
@@ -380,8 +400,10 @@ EVALUATE: Final = StageKind(
     made_from=RECORD.kind,
 )
 # A kind comes after the kinds that it is made from.
-KINDS: Final = (RECORD.kind, KEEP, PROBE, COMBINE, REDUCE, EXPORT, CLEAN, REPORT, EVALUATE)
-_HOMES = tuple(kind.area("").partition("/")[0] for kind in KINDS if kind.holds is not Holds.FILE)
+KINDS: Final = (RECORD.kind, KEEP, PROBE, COMBINE, REDUCE, TOPS, EXPORT, CLEAN, REPORT, EVALUATE)
+_HOMES = tuple(
+    dict.fromkeys(kind.area("").partition("/")[0] for kind in KINDS if kind.holds is not Holds.FILE)
+)
 # Directories that only hydra-pipe writes.
 DIRECTORIES: Final = (*_HOMES, names.CHECKSUMS)
 # All that hydra-pipe puts into a run, except what a repair has set aside. --overwrite may
