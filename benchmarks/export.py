@@ -105,20 +105,25 @@ def made_run(path: Path, n_samples: int, n_tests: int) -> Path:
     return path
 
 
-def record_one_row_each(run: RunDirectory, n_samples: int, n_tests: int) -> None:
-    """A recording of one step in which each sample has one row."""
+def record_one_row_each(
+    run: RunDirectory, n_samples: int, n_tests: int, n_features: int = 1, batch: int | None = None
+) -> None:
+    """A recording in which each sample has one row of random values.
+
+    Args:
+        run: an empty run.
+        n_samples, n_tests, n_features: sizes.
+        batch: rows of each step. None: one step has all rows.
+    """
+    batch, generator = batch or n_samples, np.random.default_rng(2)
     run.begin(RECORD, {"n_samples": n_samples})
     writer = GradientsWriter(
         run.path / names.GRADIENTS,
-        Layout((Block("w", (1,), 0, "dense", (0, 1)),), 1, 0),
+        Layout((Block("w", (n_features,), 0, "dense", (0, n_features)),), n_features, 0),
         "float16",
         1,
         run.run_id,
     )
-    for rows, views in writer.rows.reserve(n_samples):
-        views[names.GRADIENT][:] = views[names.SCALE][:] = 1
-        views[names.SAMPLE][:] = np.arange(n_samples)[rows]
-        views[names.STEP][:] = 0
     settings = {
         "learning_rate": 0.1,
         "momentum": 0,
@@ -129,10 +134,22 @@ def record_one_row_each(run: RunDirectory, n_samples: int, n_tests: int) -> None
     }
     rest = {"updated": 1, "momentum_started": 0, "step_factor": 1}
     rest |= {names.GRADIENT_SCALE: 1, names.LOSS: 0, names.IMBALANCE: 0}
-    writer.append_step(settings | rest | {names.FIRST_ROW: 0, names.N_ROWS: n_samples})
-    tests = writer.test_rows(1)
-    for _, views in tests.reserve(n_tests):
-        views[names.GRADIENT][:] = views[names.SCALE][:] = 1
+    n_steps, samples = -(-n_samples // batch), generator.permutation(n_samples)
+    for step in range(n_steps):
+        first, n_rows = step * batch, min(batch, n_samples - step * batch)
+        for rows, views in writer.rows.reserve(n_rows):
+            size = (rows.stop - rows.start, n_features)
+            views[names.GRADIENT][:] = generator.standard_normal(size)
+            views[names.SCALE][:] = 1
+            views[names.SAMPLE][:] = samples[rows]
+            views[names.STEP][:] = step
+            views[names.CURVATURE][:] = 1
+        writer.append_step(settings | rest | {names.FIRST_ROW: first, names.N_ROWS: n_rows})
+    tests = writer.test_rows(n_steps)
+    for rows, views in tests.reserve(n_tests):
+        size = (rows.stop - rows.start, n_features)
+        views[names.GRADIENT][:] = generator.standard_normal(size)
+        views[names.SCALE][:] = 1
         views[names.LOSS][:] = 0
     writer.flush_test(tests)
     generator = np.random.default_rng(1)
@@ -144,7 +161,7 @@ def record_one_row_each(run: RunDirectory, n_samples: int, n_tests: int) -> None
     run.end(
         RECORD,
         "complete",
-        n_steps=1,
+        n_steps=n_steps,
         n_rows=n_samples,
         n_tests=n_tests,
         labels=labels,

@@ -83,7 +83,7 @@ class Run:
 
     @property
     def methods(self) -> list[str]:
-        """Methods whose relevance is there."""
+        """Names of the results that are there, those of the top samples alone last."""
         return self._results.methods()
 
     @property
@@ -248,7 +248,8 @@ class Run:
 
         Args:
             test_id: id or key of the test sample, or number of the column for means.
-            k: most samples on each side. There are fewer if fewer have the sign.
+            k: most samples on each side. There are fewer if fewer have the sign. A result of the
+                top samples alone has as many as `reduce --top` kept.
             side: "helpful", "harmful" or "both".
             method: name of the result.
 

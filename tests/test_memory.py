@@ -21,7 +21,7 @@ from hydra_pipe.store.data.gradients_writer import GradientsWriter
 from hydra_pipe.store.data.sweep_state import load_state, save_state
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import Rank, ResultName
-from hydra_pipe.store.run.stages import RECORD, REDUCE
+from hydra_pipe.store.run.stages import RECORD, reduces_to
 from hydra_pipe.units import parse_bytes
 
 PIPELINE = str(Path(__file__).with_name("heavy_pipeline.py"))
@@ -124,7 +124,10 @@ def check_peak(run: Path, memory: str, **options: Any) -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     peak = int(ended.stdout) * 1024
-    stage = REDUCE.of(ResultName(options.get("method", "hydra"), rank=options.get("rank")))
+    result = ResultName(
+        options.get("method", "hydra"), rank=options.get("rank"), is_top="top" in options
+    )
+    stage = reduces_to(str(result))
     planned = RunDirectory.open(run).stages[stage].facts["plan"]["peak_bytes"]
     assert peak <= planned <= parse_bytes(memory), (peak / 2**20, planned / 2**20)
 
@@ -162,6 +165,21 @@ def test_a_sweep_over_all_features_or_in_a_basis_stays_within_what_its_plan_says
     runs: Callable[[str], Path], name: str, rank: Rank, memory: str
 ) -> None:
     check_peak(runs(name), memory, method="hydra-fisher", rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "memory", "top"),
+    [
+        ("large", "hydra", "300MiB", 1000),
+        ("larger", "tracin", "400MiB", 1000),
+        ("larger", "influence", "400MiB", 10),
+        ("larger", "hydra-fisher", "400MiB", 1000),
+    ],
+)
+def test_top_samples_stay_within_what_their_plans_say(
+    runs: Callable[[str], Path], name: str, method: str, memory: str, top: int
+) -> None:
+    check_peak(runs(name), memory, method=method, top=top, overwrite=True)
 
 
 def test_what_a_sweep_has_kept_is_read_once(tmp_path: Path) -> None:

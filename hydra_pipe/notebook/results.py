@@ -109,8 +109,9 @@ class Results:
         return self._gradients
 
     def methods(self) -> list[str]:
-        """Return the names of the results that are there."""
-        return self.directory().complete(REDUCE)
+        """Return the names of the results that are there, those of the top samples last."""
+        directory = self.directory()
+        return directory.complete(REDUCE) + directory.complete(TOPS)
 
     def check(self, method: str) -> None:
         """Refuse a result that is not there.
@@ -119,7 +120,7 @@ class Results:
             RunError: the relevance of `method` is not there.
         """
         methods = self.methods()
-        if method not in (*methods, *self._directory.complete(TOPS)):
+        if method not in methods:
             raise RunError(
                 f"{self._directory.path} has no relevance of method {method} (it has "
                 f"{', '.join(methods) or 'none'}): run "

@@ -10,7 +10,7 @@ from hydra_pipe.errors import HydraError, printable
 from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
-from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE, Stage, StageId
+from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE, TOPS, Stage, StageId
 from hydra_pipe.units import format_bytes, format_seconds
 
 _MOST_COMMANDS, _LONGEST_SECONDS = 3, 1e12
@@ -54,7 +54,10 @@ def next_commands(run: RunDirectory) -> list[str]:
     unfinished = [which for which, stage in stages.items() if stage.state != "complete"]
     if unfinished:
         return [run.command(which) for which in unfinished]
-    ranked = [method for method in run.of_kind(REDUCE) if not ResultName.parse(method).is_of_itself]
+    reduced = [
+        method for method in run.of_kind(REDUCE) if not ResultName.parse(method).is_of_itself
+    ]
+    ranked = [*reduced, *run.of_kind(TOPS)]
     if not ranked:
         return [run.command(REDUCE.of(DEFAULT_METHOD))]
     return [run.command(EXPORT.of(method)) for method in ranked if EXPORT.of(method) not in stages]

@@ -25,7 +25,13 @@ from hydra_pipe.store.data.relevance import (
     read_relevance,
 )
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, ITSELF, ResultName
+from hydra_pipe.store.run.results import (
+    BY_LABEL,
+    DEFAULT_METHOD,
+    ITSELF,
+    ResultName,
+    refuse_top,
+)
 from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.pipeline import Pipeline, described
 from hydra_pipe.types import I64
@@ -237,6 +243,7 @@ class Subject:
 
         Raises:
             RunError: a chosen name is not there. The message says what to reduce.
+            UsageError: a chosen result has the top samples alone.
         """
         stages = self.run.stages
         spans = ((0, self.n_tests),) if tests is None else parse_selection(tests, self.n_tests)
@@ -250,6 +257,7 @@ class Subject:
             }
         wanted = [name.strip() for name in chosen.split(",")]
         for name in wanted:
+            refuse_top(name)
             if name not in whole:
                 result = ResultName.parse(name)
                 by = result.by if result.by in groupings else None

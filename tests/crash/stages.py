@@ -38,6 +38,17 @@ LATER: Stages = {
     "influence": (["reduce", "RUN", "--method", "influence"], "narrow", ["tested"]),
     "tracin": (["reduce", "RUN", "--method", "tracin"], "score first", ["tested"]),
     "self": (["reduce", "RUN", "--method", "self"], None, ["tested"]),
+    "top": (["reduce", "RUN", "--top", "2"], "narrow", ["tested"]),
+    "top of sums": (
+        ["reduce", "RUN", "--method", "tracin", "--top", "2"],
+        "score first",
+        ["tested"],
+    ),
+    "top, exported": (
+        ["export", "RUN", "--method", "tracin-top", "--top", "2"],
+        None,
+        ["tested", "top of sums"],
+    ),
     "loo": (["evaluate", PIPELINE, "RUN", "loo", "--samples", "0-5"], None, ["tested", "fisher"]),
     "lds": (
         ["evaluate", PIPELINE, "RUN", "lds", "--retrainings", "10"],

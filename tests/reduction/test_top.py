@@ -83,7 +83,8 @@ def test_the_top_samples_are_those_of_the_whole_relevance(
     options = {"method": method, "scheduler": "synchronous", "chunks": "auto", **chosen}
     hydra_pipe.reduce(own, **options)
     hydra_pipe.reduce(own, **options, top=TOP)
-    (result,) = hydra_pipe.open_run(own).methods
+    result, few = hydra_pipe.open_run(own).methods
+    assert few == f"{result}-top"
     if method == "hydra":  # folded first where every pair is computed: rounded in another order
         assert_about_top_of(own, result)
     else:
@@ -119,7 +120,8 @@ def test_the_top_samples_do_not_depend_on_the_scheduler(
 def test_results_of_their_own_have_top_samples(own: Path, options: dict[str, object]) -> None:
     hydra_pipe.reduce(own, scheduler="synchronous", **options)  # type: ignore[arg-type]
     hydra_pipe.reduce(own, scheduler="synchronous", top=TOP, **options)  # type: ignore[arg-type]
-    (result,) = hydra_pipe.open_run(own).methods
+    result, few = hydra_pipe.open_run(own).methods
+    assert few == f"{result}-top"
     assert_top_of(own, result)
 
 
@@ -193,6 +195,8 @@ def test_an_export_of_top_samples_is_that_of_the_whole_relevance(own: Path) -> N
         "part-00000.parquet"
     ]
     hydra_pipe.reduce(own, method="tracin", top=4, overwrite=True)
+    again = hydra_pipe.open_run(own).info()["next"]
+    assert again == [f"hydra-pipe export {own} --method tracin-top --top 4"]
     assert "export tracin-top" not in hydra_pipe.open_run(own).info()["stages"]
     with pytest.raises(BudgetError, match="raise --memory to"):
         hydra_pipe.export(own, method="tracin-top", top=4, memory="1MiB")
@@ -220,6 +224,16 @@ def test_open_run_shows_top_samples_as_it_shows_the_whole_relevance(own: Path, s
         (lambda run: hydra_pipe.open_run(run).samples("tracin-top"), "compute tracin with"),
         (lambda run: hydra_pipe.report(run, method="tracin-top"), "compute tracin with"),
         (lambda run: hydra_pipe.clean(run, method="tracin-top"), "compute tracin with"),
+        (
+            lambda run: hydra_pipe.combine([run, run], run / "both", method="tracin-top"),
+            "compute tracin with",
+        ),
+        (
+            lambda run: hydra_pipe.evaluate(
+                conv_pipeline(), run, "lds", methods="tracin-top", retrainings=10
+            ),
+            "compute tracin with",
+        ),
         (lambda run: hydra_pipe.export(run, method="tracin-top", full=True), "compute tracin with"),
         (lambda run: hydra_pipe.export(run, method="tracin-top", top=4), "has the top 3"),
         (lambda run: hydra_pipe.reduce(run, method="tracin", top=0), "give 1 or more"),

@@ -266,6 +266,13 @@ def _combining(stage: StageId, run: Path, stages: Stages) -> str:
     return commands.combining(run, stage.name, {} if entry is None else entry.facts)
 
 
+def _exporting(stage: StageId, run: Path, stages: Stages) -> str:
+    # Top samples are exported as they are: the usual number may be more than were kept.
+    kept = _settings(stages, TOPS.of(stage.name)).get(names.TOP)
+    settings = _settings(stages, stage) or {names.TOP: kept}
+    return commands.exporting(run, stage.name, settings)
+
+
 def _keeping(stage: StageId, run: Path, stages: Stages) -> str:
     return f"{kept_with(stage, stages).command(run, stages)} --keep-hypergradients"
 
@@ -363,7 +370,7 @@ EXPORT: Final = StageKind(
     damaged="the rankings cannot be trusted: write them again with {again} --overwrite",
     holds=Holds.FILES,
     area=lambda result: f"{names.RANKINGS}/{names.METHOD}={result}",
-    command=_by(commands.exporting),
+    command=_exporting,
     made_from=REDUCE,
     also=_own_relevance,
     otherwise=lambda name: TOPS if ResultName.parse(name).is_top else None,
