@@ -636,6 +636,33 @@ def named_twice(run: Path) -> None:
     )
 
 
+def of_two_views(model: nn.Module) -> Tensor:
+    """R-Drop: the loss of the first view, and the distance of the two views' predictions."""
+    views = torch.cat([X.mean(1), 2 * X.mean(1)])
+    ours, theirs = model(views).log_softmax(1).chunk(2)
+    apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+    return (F.nll_loss(ours, Y, reduction="none") + apart) / B
+
+
+def two_views(run: Path) -> None:
+    """A sample's gradient is the sum of its two rows."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = sgd(model)
+    truth = gradients_of_losses(of_two_views(model), dict(model.named_parameters()))
+    ids = torch.cat([torch.arange(B)] * 2)
+    with (
+        Recorder(model, optimizer, run, n_samples=B, encoding="exact", dtype="float32") as recorder,
+        recorder.step(ids),
+    ):
+        of_two_views(model).sum().backward()
+        optimizer.step()
+    samples, rows = stored_rows(run)
+    assert samples.tolist() == ids.tolist()
+    found = [{n: rows[k][n] + rows[k + B][n] for n in rows[k]} for k in range(B)]
+    assert max(differences(found, truth).values()) < 1e-4
+
+
 def pairs(model: nn.Module) -> Tensor:
     return (model(X.mean(1)) - model(X[:, 0])).square().sum(1) / B
 
@@ -747,6 +774,7 @@ LOSSES: dict[str, Callable[[Path], object]] = {
     "A gradient penalty (WGAN-GP, R1)": lambda run: recorded(
         run, lambda: nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, C)), gradient_penalty
     ),
+    "Two views of each sample in one batch (R-Drop)": two_views,
     "Mixup": mixup,
     "Cutmix": cutmix,
     "A contrastive loss": lambda run: recorded(run, loop=loss_of(in_batch_negatives)),

@@ -265,7 +265,8 @@ class Capture:
             ]
             if module is self._model or self._holds_all(module):
                 self._micro_batch.begin_pass(_samples_in(tensors, len(self._micro_batch.samples)))
-            self._pass = Pass(*self._micro_batch.of_pass, references(tensors))
+            batch = self._micro_batch.samples, self._micro_batch.first
+            self._pass = Pass(*self._micro_batch.of_pass, references(tensors), batch)
             self._check_arrangement(tensors)
 
     def _check_arrangement(self, inputs: Sequence[Tensor]) -> None:

@@ -189,15 +189,16 @@ def _reaches_others(
         place: place of the sample in the step.
     """
     others, gradients, own = [], [], 0.0
+    # a sample that is named twice, as for two views of it, may meet itself
+    sample = next(p.samples[place - p.first] for _, p, _ in used if 0 <= place - p.first < p.count)
     for (origin, of_pass, gradient), h in zip(used, second, strict=True):
         if h is None:
             continue
         by_sample = origin.order.split(h.detach(), of_pass.count).flatten(1).double()
         of_gradient = origin.order.split(gradient.detach(), of_pass.count).flatten(1).double()
-        is_other = torch.ones(of_pass.count, dtype=torch.bool)
-        if 0 <= place - of_pass.first < of_pass.count:
-            is_other[place - of_pass.first] = False
-            own = max(own, float(torch.linalg.vector_norm(by_sample[place - of_pass.first])))
+        is_other = torch.from_numpy(of_pass.samples != sample)
+        if not bool(is_other.all()):
+            own = max(own, float(torch.linalg.vector_norm(by_sample[~is_other])))
         others.append(by_sample[is_other].flatten())
         gradients.append(of_gradient[is_other].flatten())
     if not others:
@@ -372,13 +373,10 @@ class LossCoupling:
         if found.mixes is not None and not self._allows_mixing:
             raise LayerError(
                 "the loss of one sample depends on the outputs of others (in-batch negatives, or "
-                "another contrastive or "
-                "batch-wide loss): "
-                "no row would be a sample's own. Take a loss that is a sum over samples, or give "
-                "Recorder(..., "
-                "allow_mixed_loss=True): "
-                "a row is then the share of the batch's gradient that goes through the sample's "
-                "own outputs"
+                "another contrastive or batch-wide loss): no row would be a sample's own. Take a "
+                "loss that is a sum over samples, name a sample twice if both views of it are in "
+                "the batch, or give Recorder(..., allow_mixed_loss=True): a row is then the share "
+                "of the batch's gradient that goes through the sample's own outputs"
             )
 
 

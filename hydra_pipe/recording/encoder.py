@@ -198,7 +198,7 @@ class RowEncoder:
                 raise LayerError(
                     f"{encoding.block.name} no longer has the output gradient of the weight "
                     "whose columns it shares: "
-                    f"record with --encoding projected"
+                    f'record with encoding="projected" (--encoding projected)'
                 )
             if input_part:
                 pieces[input_part[0]] = [f.right for f in factors if f.right is not None], given

@@ -290,7 +290,7 @@ class Factored(BlockEncoding):
             raise LayerError(
                 f"{self.block.name} was recorded as factored because a sample met it once in the "
                 f"first step. Now it is used {len(given)} times or at several positions: record "
-                "with --encoding projected"
+                'with encoding="projected" (--encoding projected)'
             )
         return factors
 

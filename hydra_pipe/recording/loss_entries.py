@@ -60,6 +60,11 @@ def mixing_place(total: Tensor, outputs: Sequence[tuple[Origin, Pass]]) -> int |
     gradients = torch.autograd.grad(
         total, [GradientEdge(*edge) for edge in edges], retain_graph=True, allow_unused=True
     )
+    samples = {
+        of_pass.first + k: int(sample)
+        for _, of_pass in outputs
+        for k, sample in enumerate(of_pass.samples)
+    }
     for edge, gradient in zip(edges, gradients, strict=True):
         if gradient is None:
             continue
@@ -69,7 +74,7 @@ def mixing_place(total: Tensor, outputs: Sequence[tuple[Origin, Pass]]) -> int |
             alone = torch.zeros_like(gradient).flatten()
             alone[entry] = 1.0
             reached = _reached_places(edge, alone.reshape(gradient.shape), outputs)
-            if len(reached) > 1:
+            if len({samples[place] for place in reached}) > 1:
                 return min(reached)
     return None
 

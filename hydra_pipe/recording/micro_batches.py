@@ -153,6 +153,7 @@ def check_covered(micro_batches: Sequence[MicroBatch], when: str) -> None:
             )
         raise RecordError(
             f"the passes {when} took {micro_batch.n_covered} samples, sample_ids names "
-            f"{len(micro_batch.samples)}: give the ids of "
-            f"every sample of the step, in the order in which they go through the model"
+            f"{len(micro_batch.samples)}: give the ids of every sample of the step, in the order "
+            "in which they go through the model, and twice if both views of a sample are in the "
+            "batch"
         )

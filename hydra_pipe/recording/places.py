@@ -12,7 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
@@ -76,14 +78,26 @@ class Pass:
         first: place of the pass's first sample in the step.
         count: B.
         inputs: weak references to the tensors that the model was called with.
+        batch: ids of the samples of the micro-batch, shape (batch,), and the place of its first
+            sample in the step. None: every place is a sample of its own.
         has_gradient: True if a gradient that counts has come back.
     """
 
     first: int
     count: int
     inputs: Sequence["weakref.ref[Tensor]"] = ()
+    batch: tuple[NDArray[np.int64], int] | None = None
     has_gradient: bool = False
     seen: dict[Watched, int] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """Numbers by which two places of the step show that they are of one sample, shape (B,)."""
+        places = np.arange(self.first, self.first + self.count)
+        if self.batch is None:
+            return places
+        ids, start = self.batch
+        return ids[places - start] if places[-1] - start < len(ids) else places
 
     def next_rows(self, watched: Watched, n_rows: int) -> int:
         """Count the rows of a call. Return the module's number of rows before the call."""
