@@ -6,8 +6,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from hydra_pipe.reduction import answers
 from hydra_pipe.reduction.solvers import sums
 
 HOLD = Path(os.environ["HYDRA_PIPE_TEST_HOLD"])
@@ -28,9 +30,9 @@ def wait_at(point: str) -> None:
         time.sleep(0.01)
 
 
-def held(name: str, where: str) -> None:
-    """Let the reduction's function `name` wait at the point `name`, before it runs or after."""
-    real: Callable[..., Any] = getattr(sums, name)
+def held(module: ModuleType, name: str, where: str) -> None:
+    """Let the function `name` of a module wait at the point `name`, before it runs or after."""
+    real: Callable[..., Any] = getattr(module, name)
 
     def waiting(*args: Any) -> Any:
         if where == "before":
@@ -40,11 +42,12 @@ def held(name: str, where: str) -> None:
             wait_at(name)
         return result
 
-    setattr(sums, name, waiting)
+    setattr(module, name, waiting)
 
 
 # in the middle of a run of rows, of adding up (something has been added, the total has not been
 # handed on), and of writing
-held("_add_scores", "after")
-held("_add", "after")
-held("write_relevance", "before")
+held(sums, "_add_scores", "after")
+held(sums, "_add", "after")
+held(answers, "write_relevance", "before")
+held(sums, "write_relevance", "before")

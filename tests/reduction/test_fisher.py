@@ -31,6 +31,7 @@ from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, RunError
 from hydra_pipe.maths.fisher import Form
 from hydra_pipe.plan import chunking
+from hydra_pipe.reduction import answers
 from hydra_pipe.reduction.solvers import sweep
 from hydra_pipe.reduction.solvers.sweep import Running
 from hydra_pipe.store.data import save_interval
@@ -199,7 +200,7 @@ def test_a_damaged_state_is_not_gone_on_with(
     expected = by_loop(run)
     with pytest.MonkeyPatch.context() as stop:
         stop.setattr(
-            sweep, "write_relevance", lambda *_: (_ for _ in ()).throw(InterruptedHereError)
+            answers, "write_relevance", lambda *_: (_ for _ in ()).throw(InterruptedHereError)
         )
         with pytest.raises(InterruptedHereError):
             hydra_pipe.reduce(run, method="hydra-fisher", scheduler="synchronous")
