@@ -23,8 +23,8 @@ from hydra_pipe.plan import influence as influence_plan
 from hydra_pipe.plan.influence import SolveInput
 from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.progress import Progress
+from hydra_pipe.reduction import answers
 from hydra_pipe.reduction.methods import METHODS
-from hydra_pipe.reduction.solvers import influence, sums
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.weights import checkpoint_of_steps
 from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
@@ -316,8 +316,7 @@ def test_the_same_call_goes_on_to_the_same_bytes(
     if method != "self":
         in_test_blocks(monkeypatch, 4)
     hydra_pipe.reduce(other, method=method)
-    module = influence if method == "influence" else sums
-    real, written = module.write_relevance, []
+    real, written = answers.write_relevance, []
 
     def write(*arguments: object) -> None:
         if len(written) == (method != "self"):
@@ -326,7 +325,7 @@ def test_the_same_call_goes_on_to_the_same_bytes(
         real(*arguments)
 
     with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(module, "write_relevance", write)
+        stop.setattr(answers, "write_relevance", write)
         with pytest.raises(InterruptedHereError):
             hydra_pipe.reduce(run, method=method)
     hydra_pipe.reduce(run, method=method)
