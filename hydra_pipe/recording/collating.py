@@ -117,7 +117,7 @@ def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> N
     n = len(batch)
     if n < 2 or address_of(given) == address_of(batch):
         return
-    order = _permutation(*(x.detach().reshape(n, -1).cpu() for x in (given, batch)))
+    order = _permutation(given, batch)
     if order is not None:
         if order != list(range(n)):
             _refuse_arrangement(torch.eye(n)[order], ids)
@@ -151,10 +151,14 @@ def _permutation(ours: Tensor, theirs: Tensor) -> list[int] | None:
     """Return the row of `theirs` that each row of `ours` is; None if some row is none or several.
 
     Args:
-        ours, theirs: values of the samples, shape (B, n).
+        ours, theirs: values of the samples, shape (B, ...), as many of both.
     """
-    every = max(1, ours.shape[1] // _MOST_VALUES)
-    x, y = ours[:, ::every].double(), theirs[:, ::every].double()
+    every = max(1, ours[0].numel() // _MOST_VALUES)
+    # only the columns that are compared leave their device
+    x, y = (
+        values.detach().reshape(len(values), -1)[:, ::every].cpu().double()
+        for values in (ours, theirs)
+    )
     # one column may be turned round, as by 1 - t, and few integers are equal by chance
     if len(x) > _MOST_ROWS or x.shape[1] < (2 if ours.is_floating_point() else _LEAST_COLUMNS):
         return None
