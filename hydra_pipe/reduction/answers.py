@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hydra_pipe.maths.ranking import Ranking
-from hydra_pipe.plan.records import RANKED_SAMPLES
+from hydra_pipe.plan.records import RANKED_SAMPLES, Found
 from hydra_pipe.reduction.job import ReductionJob
 from hydra_pipe.store.data.relevance import write_relevance
 from hydra_pipe.store.data.top_samples import write_top_samples
@@ -50,13 +50,16 @@ class Answers:
                 self.ranking.add(slab, first_sample + low)
 
 
-def finish(job: ReductionJob[Any], first_column: int, rankings: Sequence[Ranking | None]) -> None:
+def finish(job: ReductionJob[Any], first_column: int, rankings: Sequence[Ranking | None]) -> Found:
     """Write the top samples of some columns. Written relevance needs no more.
 
     Args:
         job: description of the reduction.
         first_column: the first of the columns.
         rankings: rankings of all shares of the samples, in order. None: relevance was written.
+
+    Returns:
+        The findings of the pass, which are none.
     """
     shares = [ranking for ranking in rankings if ranking is not None]
     if shares:
@@ -64,3 +67,4 @@ def finish(job: ReductionJob[Any], first_column: int, rankings: Sequence[Ranking
         for share in later:
             whole.join(share)
         write_top_samples(job.relevance, first_column, whole.tops())
+    return {}

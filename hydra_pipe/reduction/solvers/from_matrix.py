@@ -50,7 +50,7 @@ class FromMatrix(ReadingSolver[FromMatrixPlan]):
     ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`."""
         job = self.job(course.plan, course.given, self.request.kept)
-        answering, done = delayed(answer), delayed(_done)
+        answering, done = delayed(answer), delayed(finish)
         # shares of whole chunks of the relevance array
         n_chunks, n_shares = -(-job.n_samples // SAMPLE_MULTIPLE), course.plan.workers
         bounds = [i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [
@@ -94,14 +94,6 @@ def check_matrix(request: ReductionRequest) -> None:
         raise StoreError(
             f"{kept.path} has other features than {gradients.path}: {HYPERGRADIENTS_UNREADABLE}"
         )
-
-
-def _done(
-    job: ReductionJob[FromMatrixPlan], first_column: int, rankings: list[Ranking | None]
-) -> Found:
-    """Join the answers of a pass into one result. The pass has no findings."""
-    finish(job, first_column, rankings)
-    return {}
 
 
 @single_threaded_blas

@@ -15,7 +15,7 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.maths.ranking import Ranking
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, ReductionInput
 from hydra_pipe.plan.sums import (
     FOLD_FIRST,
     FROM_HYPERGRADIENTS,
@@ -242,7 +242,7 @@ def _pass_of_tests(
     partials = [scoring(job, run, tests, count_rows) for run in job.plan.row_runs]
     totals = _totals(job, partials, (0, job.n_samples))
     answers = [answering(job, share, tests, sums) for share, sums in totals]
-    result: Delayed = delayed(_done)(job, _first_column(job, tests), answers)
+    result: Delayed = delayed(finish)(job, _first_column(job, tests), answers)
     return result
 
 
@@ -250,7 +250,7 @@ def _folding_pass(job: ReductionJob[SumPlan], samples: Span, count_rows: CountRo
     fold, answer = delayed(_fold_run), delayed(_answer)
     partials = [fold(job, run, samples, count_rows) for run in job.plan.row_runs]
     answers = [answer(job, share, sums) for share, sums in _totals(job, partials, samples)]
-    result: Delayed = delayed(_done)(job, 0, answers)
+    result: Delayed = delayed(finish)(job, 0, answers)
     return result
 
 
@@ -533,9 +533,3 @@ def _write(job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: Sums) -
 def _first_column(job: ReductionJob[SumPlan], tests: Span) -> int:
     """Return the first column of the result that some test samples answer."""
     return tests[0] if job.groups is None else 0
-
-
-def _done(job: ReductionJob[SumPlan], first_column: int, answers: list[Ranking | None]) -> Found:
-    """Join the answers of a pass into one result. The pass has no findings."""
-    finish(job, first_column, answers)
-    return {}
