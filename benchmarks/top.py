@@ -1,4 +1,4 @@
-"""What `reduce --top` takes where the matrix would be large, and whether it has the right samples.
+"""Cost of `reduce --top` where the matrix would be large, and a check of the samples that it keeps.
 
     python benchmarks/top.py SCRATCH [--samples 1000000] [--tests 10000] [--features 32]
     [--batch 10000] [--top 100] [--method hydra] [--memory 1GiB] [--json FILE]

@@ -256,9 +256,7 @@ def influence(
 
 
 def nearest_outer_products(root: dict[str, Tensor], factored: Sequence[str]) -> dict[str, Tensor]:
-    """Of factored weights, and the biases that share their columns, the outer product that is
-    nearest to `root`.
-    """
+    """Return the outer product nearest to `root`, of each factored weight and its bias."""
     found = {}
     for name in factored:
         bias = name.removesuffix("weight") + "bias"

@@ -285,7 +285,7 @@ def test_the_steps_of_one_call_are_balanced_each_by_itself() -> None:
 
 
 def test_gradients_below_the_least_normal_number_are_not_held_to_their_rounding() -> None:
-    """Of terms that vanish there, one sum keeps four units and the other one."""
+    """One sum of vanishing terms keeps four units, and the other sum keeps one."""
     unit = 2.0**-149
     expected = [torch.ones(3), torch.tensor([0.0, 4 * unit])]
     actual = [torch.ones(3), torch.tensor([3 * unit, unit])]

@@ -1,4 +1,4 @@
-"""How far a step goes, and when it rings, against the update itself."""
+"""The length of a step, and the bound beyond which it rings, against the update itself."""
 
 import numpy as np
 import pytest

@@ -35,8 +35,9 @@ def _are_taught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Moved:
-    """How a change of the gradients of one parameter changes the parameter, D being 1: the update
-    as PyTorch's documentation has it, with what divides it left out.
+    """Change of one parameter by a change of its gradients, with D left out of the update.
+
+    The update is as PyTorch's documentation has it.
 
     Args:
         like: the change of the parameter for each sample, shape (sample, ...), zeros.
